@@ -1,0 +1,149 @@
+"""One checkpoint per run, taken between two steps, from which a run goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import logging
+import random
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+log = logging.getLogger(__name__)
+
+
+class ResumableCheckpoint(Checkpoint):
+    """Keeps ``last.ckpt`` up to date: every ``every_n_steps`` steps, at the end, and on Ctrl-C.
+
+    Lightning's ModelCheckpoint saves inside a step, before the step's metrics are logged and before the validation that
+    follows it; a run killed there and resumed lacks those rows. This callback saves between two steps: all that belongs
+    to the steps before has happened, nothing of the next one has, not even the fetch of its batch. The states of the
+    global random generators (torch, NumPy, Python) travel along. Files are replaced in one move.
+
+    The first Ctrl-C waits for the end of the running step, saves, and then stops the fit; a second one stops at once
+    and leaves the last regular checkpoint. After an exception nothing is saved: the step may be half done.
+
+    Args:
+        dirpath: Folder of the checkpoint; ``<default_root_dir>/checkpoints`` where None.
+        every_n_steps: Optimizer steps between two checkpoints.
+
+    Attributes:
+        interrupted: Whether Ctrl-C stopped the fit.
+
+    Raises:
+        ValueError: If ``every_n_steps`` is less than 1.
+    """
+
+    def __init__(self, dirpath: str | Path | None = None, every_n_steps: int = 50) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"`every_n_steps` must be at least 1, got {every_n_steps}.")
+        self.dirpath = dirpath
+        self.every_n_steps = every_n_steps
+        self.interrupted = False
+        self._saved_step = -1
+        self._restored: dict[str, Any] | None = None
+        self._old_handler: Any = None
+
+    @property
+    def state_key(self) -> str:
+        """Independent of the arguments, which may change at a resume."""
+        return type(self).__qualname__
+
+    def path(self, trainer: Trainer) -> Path:
+        """Where the checkpoint of this run is."""
+        folder = Path(self.dirpath) if self.dirpath is not None else Path(trainer.default_root_dir) / "checkpoints"
+        return folder / "last.ckpt"
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over Ctrl-C for the time of the fit."""
+        if threading.current_thread() is threading.main_thread():
+            self._old_handler = signal.signal(signal.SIGINT, self._on_sigint)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach to the one moment that lies between two steps: before a batch is fetched."""
+        self._saved_step = trainer.global_step
+        loop = trainer.fit_loop.epoch_loop
+        before_fetch: Callable[[], None] = type(loop)._on_before_fetch.__get__(loop)
+
+        def between_steps() -> None:
+            self._between_steps(trainer)
+            before_fetch()
+
+        loop._on_before_fetch = between_steps  # type: ignore[method-assign]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the final state."""
+        if trainer.global_step != self._saved_step:
+            self._save(trainer)
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give back what was taken over."""
+        self.interrupted |= isinstance(exception, KeyboardInterrupt)
+        self._detach(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give back what was taken over."""
+        self._detach(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The random generators' states; `on_save_checkpoint` adds the count of logged steps."""
+        name, keys, *rest = np.random.get_state()
+        state: dict[str, Any] = {
+            "torch": torch.get_rng_state(),
+            "numpy": [name, keys.tolist(), *rest],  # type: ignore[union-attr]
+            "python": random.getstate(),
+        }
+        if torch.cuda.is_initialized():
+            state["cuda"] = torch.cuda.get_rng_state_all()
+        return state
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the step under which the loggers see the next row."""
+        checkpoint["callbacks"][self.state_key]["logged_steps"] = trainer.fit_loop.epoch_loop._batches_that_stepped
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep what is to be restored before the first step."""
+        self._restored = state_dict
+
+    def _between_steps(self, trainer: Trainer) -> None:
+        if self._restored is not None:
+            state, self._restored = self._restored, None
+            # Lightning counts one step too many when it resumes from a checkpoint taken here.
+            trainer.fit_loop.epoch_loop._batches_that_stepped = state["logged_steps"]
+            torch.set_rng_state(state["torch"].cpu())
+            np.random.set_state(tuple(state["numpy"]))
+            version, internal, gauss = state["python"]
+            random.setstate((version, tuple(internal), gauss))
+            if "cuda" in state and torch.cuda.is_available():
+                torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+        step = trainer.global_step
+        if step != self._saved_step and (self.interrupted or step % self.every_n_steps == 0):
+            self._save(trainer)
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.path(trainer))
+        self._saved_step = trainer.global_step
+
+    def _on_sigint(self, signum: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        rank_zero_info("Ctrl-C: stopping after this step. Once more stops at once.")
+
+    def _detach(self, trainer: Trainer) -> None:
+        trainer.fit_loop.epoch_loop.__dict__.pop("_on_before_fetch", None)
+        if self._old_handler is not None:
+            signal.signal(signal.SIGINT, self._old_handler)
+            self._old_handler = None

@@ -1,0 +1,1 @@
+"""Real data, split over devices."""

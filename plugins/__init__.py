@@ -1,0 +1,1 @@
+"""What happens between a gradient and the weights: compression, channels, simulated devices."""

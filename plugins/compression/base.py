@@ -1,0 +1,121 @@
+"""The contract of every compressor: rows in, a payload that could go on a wire out."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Self
+
+from torch import Tensor, nn
+
+from groundwire.plugins.random import Key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Payload:
+    """One encoded message per row, as tensors that could go on a wire as they are.
+
+    Args:
+        parts: What travels, by name; each tensor has the rows as its first dimension.
+        numel: Entries ``d`` of each decoded row.
+        dtype_like: An empty tensor that has the dtype and device of the rows before encoding.
+        bits_ideal: Bits of the same messages, all rows together, under an ideal code; for reports only.
+        meta: What sender and receiver know beforehand (settings, shared seeds); it does not travel and costs nothing.
+    """
+
+    parts: dict[str, Tensor]
+    numel: int
+    dtype_like: Tensor
+    bits_ideal: float
+    meta: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def bits_wire(self) -> int:
+        """Bits that travel, all rows together, padding included: counted from the tensors themselves."""
+        return 8 * sum(part.numel() * part.element_size() for part in self.parts.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """What the receiver holds after a compressed transmission, and what it cost.
+
+    Args:
+        values: Decoded rows, shape ``(rows, d)``, dtype and device of the input.
+        bits_wire: Bits that travelled, all rows together, padding included.
+        bits_ideal: The same under an ideal code.
+    """
+
+    values: Tensor
+    bits_wire: int
+    bits_ideal: float
+
+
+class Compressor(nn.Module, ABC):
+    """Maps rows ``(rows, d)`` to payloads and back; encoding a matrix equals encoding its rows one by one.
+
+    Subclasses set the class attributes and write :meth:`encode` and :meth:`decode`. One that can send the decoded
+    rows without building the payload also overrides :meth:`roundtrip`; a test holds the two equal.
+    """
+
+    unbiased: bool = False
+    """Whether the expectation of the decoded row is the row."""
+    linear: bool = False
+    """Whether payloads add: the decoded sum of payloads is the sum of the decoded rows (so all-reduce serves)."""
+
+    @abstractmethod
+    def encode(self, x: Tensor, key: Key) -> Payload:
+        """Encode rows ``(rows, d)``; ``key`` names the devices and the round of random draws."""
+
+    @abstractmethod
+    def decode(self, payload: Payload) -> Tensor:
+        """Decode to rows ``(rows, d)`` of the dtype and device that were encoded."""
+
+    def roundtrip(self, x: Tensor, key: Key) -> Message:
+        """Encode and decode rows ``(rows, d)``, and say what the transmission cost."""
+        payload = self.encode(x, key)
+        return Message(values=self.decode(payload), bits_wire=payload.bits_wire, bits_ideal=payload.bits_ideal)
+
+    def omega(self, numel: int) -> float | None:
+        """``w`` of the unbiased class, ``E|C(x) - x|^2 <= w |x|^2`` for rows of ``numel`` entries; None if unknown."""
+        return None
+
+    def alpha(self, numel: int) -> float | None:
+        """``a`` of the contractive class, ``E|C(x) - x|^2 <= (1 - a) |x|^2``; None if unknown or not contractive."""
+        return None
+
+
+class RateAdaptive(Compressor):
+    """A compressor that can choose its own resolution for a budget of bits."""
+
+    @abstractmethod
+    def message_bits(self, numel: int) -> float:
+        """Ideal bits of one row of ``numel`` entries at the present resolution."""
+
+    @abstractmethod
+    def for_budget(self, numel: int, bits: float) -> Self | None:
+        """This compressor at the largest resolution whose message fits into ``bits`` a row; None if none fits."""
+
+
+def check_rows(x: Tensor, key: Key) -> None:
+    """Refuse what no compressor takes.
+
+    Args:
+        x: Rows to encode.
+        key: Names one device a row.
+
+    Raises:
+        TypeError: If ``x`` is not a real floating tensor.
+        ValueError: If ``x`` is not a matrix, or has another number of rows than ``key`` has devices.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"Expected rows of a real floating dtype, got {x.dtype}.")
+    if x.ndim != 2:
+        raise ValueError(f"Expected rows of shape (rows, d), got {tuple(x.shape)}.")
+    if x.shape[0] != len(key):
+        raise ValueError(f"Got {x.shape[0]} rows, but the key names {len(key)} devices.")
+
+
+def log2_binomial(n: int, k: int) -> float:
+    """``log2 C(n, k)``, the bits that name ``k`` of ``n`` positions under an ideal code."""
+    return (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)) / math.log(2)

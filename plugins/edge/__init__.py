@@ -1,0 +1,37 @@
+"""Federated training of an unmodified LightningModule on simulated devices."""
+
+from groundwire.plugins.edge.aggregator import Aggregator, MajorityVote, WeightedMean
+from groundwire.plugins.edge.batch import DeviceBatch
+from groundwire.plugins.edge.downlink import Downlink, PerfectDownlink
+from groundwire.plugins.edge.layout import ParameterLayout
+from groundwire.plugins.edge.ledger import Cost, Ledger
+from groundwire.plugins.edge.local import LocalGradient, LocalSGD, LocalWork
+from groundwire.plugins.edge.round import Round
+from groundwire.plugins.edge.scheduler import AllDevices, Scheduler, UniformSample
+from groundwire.plugins.edge.strategy import CheckpointMismatchError, EdgeStrategy, NonFiniteUpdateError
+from groundwire.plugins.edge.uplinks import ErrorFree, Received, Uplink
+
+__all__ = [
+    "Aggregator",
+    "AllDevices",
+    "CheckpointMismatchError",
+    "Cost",
+    "DeviceBatch",
+    "Downlink",
+    "EdgeStrategy",
+    "ErrorFree",
+    "Ledger",
+    "LocalGradient",
+    "LocalSGD",
+    "LocalWork",
+    "MajorityVote",
+    "NonFiniteUpdateError",
+    "ParameterLayout",
+    "PerfectDownlink",
+    "Received",
+    "Round",
+    "Scheduler",
+    "UniformSample",
+    "Uplink",
+    "WeightedMean",
+]

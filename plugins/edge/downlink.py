@@ -1,0 +1,42 @@
+"""What each device sees of the server's model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from groundwire.plugins.edge.ledger import Cost
+from groundwire.plugins.edge.round import Round
+
+
+class Downlink(nn.Module, ABC):
+    """Brings the server's model to the devices at the beginning of a round."""
+
+    exact: bool = False
+    """Whether every device receives exactly the server's model: then no vector is built at all."""
+
+    def setup(self, *, numel: int, num_devices: int) -> None:  # a hook: most downlinks need nothing
+        """Allocate state for vectors of ``numel`` entries and ``num_devices`` devices."""
+
+    @abstractmethod
+    def forward(self, model: Tensor, round: Round) -> Tensor:
+        """The server's model ``(d,)`` to what the devices hold: ``(d,)`` for all alike, or ``(M, d)``."""
+
+    @abstractmethod
+    def cost(self, numel: int, round: Round) -> Cost:
+        """What this round's broadcast of ``numel`` parameters costs."""
+
+
+class PerfectDownlink(Downlink):
+    """Every device receives the server's model exactly; one broadcast of 32 bits a parameter."""
+
+    exact = True
+
+    def forward(self, model: Tensor, round: Round) -> Tensor:
+        """The model, unchanged."""
+        return model
+
+    def cost(self, numel: int, round: Round) -> Cost:
+        """One float32 broadcast."""
+        return Cost(bits=32 * numel, bits_ideal=32 * numel)

@@ -1,0 +1,31 @@
+"""What every part of a round is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from groundwire.plugins.random import Key
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Round:
+    """One communication round.
+
+    Args:
+        index: Round number, from 0.
+        num_rounds: Rounds of the whole run, or None if it has no planned end.
+        key: Names the round's random draws; ``key.devices`` are the ids of the devices that take part, one a row.
+        weights: Weight of each of those devices in the aggregate, shape ``(M,)``, summing to one.
+    """
+
+    index: int
+    num_rounds: int | None
+    key: Key
+    weights: Tensor
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """Ids of the devices that take part, in the order of the rows."""
+        return self.key.devices

@@ -1,0 +1,421 @@
+"""One training step is one communication round over simulated devices."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from typing_extensions import override
+
+from groundwire.plugins.edge.aggregator import Aggregator, WeightedMean
+from groundwire.plugins.edge.batch import DeviceBatch
+from groundwire.plugins.edge.downlink import Downlink, PerfectDownlink
+from groundwire.plugins.edge.layout import ParameterLayout
+from groundwire.plugins.edge.ledger import Cost, Ledger
+from groundwire.plugins.edge.local import LocalGradient, LocalWork
+from groundwire.plugins.edge.round import Round
+from groundwire.plugins.edge.scheduler import AllDevices, Scheduler
+from groundwire.plugins.edge.updates import DeviceUpdates, DeviceWorker
+from groundwire.plugins.edge.uplinks.base import Uplink
+from groundwire.plugins.edge.uplinks.error_free import ErrorFree
+from groundwire.plugins.random import Key
+
+log = logging.getLogger(__name__)
+
+_CHECKPOINT_KEY = "groundwire.edge"
+
+
+class NonFiniteUpdateError(RuntimeError):
+    """An update with NaN or infinite entries was about to reach the weights."""
+
+
+class CheckpointMismatchError(MisconfigurationException):
+    """A checkpoint was written by a strategy with other settings."""
+
+
+class EdgeStrategy(SingleDeviceStrategy):
+    """Trains an unmodified LightningModule on simulated devices that share one server.
+
+    Every training step is one round: each device computes an update with the module's own ``training_step`` on its
+    shard of the batch, the uplink carries the updates to the server, the aggregator combines them, and the combined
+    update lands in ``p.grad``, from where the module's own optimizer goes on. Gradient clipping, learning-rate
+    schedules, callbacks and loggers work on it as they do in any Trainer. Values given to ``self.log`` are averaged
+    over the devices with the aggregation weights. What communication costs is in :attr:`ledger`, and logged as
+    ``uplink/bits``, ``uplink/channel_uses``, ``uplink/energy`` and ``downlink/bits``, each for the round and as
+    ``..._cumulative``, on the Trainer's logging steps.
+
+    A batch is a :class:`DeviceBatch` (from ``groundwire.datamodules.Federated``) or any ordinary batch, which is split
+    evenly over the devices. All state is in the Lightning checkpoint: a run that was killed and resumed equals one
+    that was not, bit for bit. With one device, :class:`ErrorFree` and a module that draws no random numbers in its
+    step, the run equals that of a plain Trainer, bit for bit. Random draws inside the step (dropout) depend on the
+    seed, round and device, not on the global stream; in the loop and at once they differ.
+
+    Args:
+        num_devices: Simulated devices in the population, at least 1.
+        scheduler: Which of the devices that have data take part in a round; by default all.
+        local: What a device does; by default one gradient, else :class:`LocalSGD`.
+        uplink: How updates reach the server; by default error-free.
+        aggregator: How received rows become one update; by default their weighted mean.
+        downlink: What each device sees of the model; by default exactly the server's.
+        vectorize: ``True`` computes all devices at once (``torch.func``), ``False`` one after the other, ``"auto"``
+            takes the faster one and falls back to the loop, with one warning that names the cause, where a module
+            does not allow the former.
+        on_nonfinite: ``"raise"`` ends the run when a device's update has NaN or infinite entries; ``"drop"`` leaves
+            that device out of the round, logs ``round/dropped_devices``, and goes on.
+        seed: Root seed of all draws (schedule, channel noise, quantisers); by default that of ``seed_everything``,
+            else 0.
+        device: Where to run; by default what the Trainer's ``accelerator`` gives.
+        accelerator: Filled in by the Trainer.
+        checkpoint_io: Filled in by the Trainer.
+        precision_plugin: Filled in by the Trainer.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MisconfigurationException: At setup, for manual optimization, several optimizers, gradient accumulation,
+            several processes or 16-bit mixed precision with loss scaling.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from groundwire.plugins.edge import EdgeStrategy, UniformSample
+        >>> strategy = EdgeStrategy(num_devices=100, scheduler=UniformSample(10))
+        >>> trainer = Trainer(strategy=strategy, logger=False, enable_checkpointing=False)
+
+    Reference:
+        McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017.
+        arXiv:1602.05629
+    """
+
+    strategy_name = "groundwire_edge"
+
+    def __init__(
+        self,
+        num_devices: int,
+        scheduler: Scheduler | None = None,
+        local: LocalWork | None = None,
+        uplink: Uplink | None = None,
+        aggregator: Aggregator | None = None,
+        downlink: Downlink | None = None,
+        vectorize: Literal["auto"] | bool = "auto",
+        on_nonfinite: Literal["raise", "drop"] = "raise",
+        seed: int | None = None,
+        device: str | None = None,
+        accelerator: Accelerator | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        super().__init__(device or "cpu", accelerator, checkpoint_io, precision_plugin)
+        if num_devices < 1:
+            raise ValueError(f"`num_devices` must be at least 1, got {num_devices}.")
+        if vectorize not in ("auto", True, False):
+            raise ValueError(f"`vectorize` must be 'auto', True or False, got {vectorize!r}.")
+        if on_nonfinite not in ("raise", "drop"):
+            raise ValueError(f"`on_nonfinite` must be 'raise' or 'drop', got {on_nonfinite!r}.")
+        self.num_devices = num_devices
+        self.scheduler = scheduler or AllDevices()
+        self.local = local or LocalGradient()
+        self.uplink = uplink or ErrorFree()
+        self.aggregator = aggregator or WeightedMean()
+        self.downlink = downlink or PerfectDownlink()
+        self.vectorize: Literal["auto"] | bool = vectorize
+        self.on_nonfinite = on_nonfinite
+        self.seed = seed
+        self.round_index = 0
+        self.ledger = Ledger(num_devices)
+        self.layout: ParameterLayout | None = None
+        self._worker: DeviceWorker | None = None
+        self._device_is_given = device is not None
+        self._to_restore: dict[str, Any] | None = None
+        self._root_seed = 0
+
+    # ---------------------------------------------------------------- set-up
+
+    @property
+    def parts(self) -> nn.ModuleDict:
+        """The replaceable parts of a round, by name."""
+        return nn.ModuleDict(
+            {
+                "scheduler": self.scheduler,
+                "local": self.local,
+                "uplink": self.uplink,
+                "aggregator": self.aggregator,
+                "downlink": self.downlink,
+            }
+        )
+
+    @property
+    def parallel_devices(self) -> list[torch.device]:
+        """The torch devices that the Trainer's ``accelerator`` and ``devices`` resolve to: exactly one."""
+        return [self._root_device] if self._device_is_given else []
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device | str | int]) -> None:
+        if len(devices) > 1:
+            raise MisconfigurationException(
+                f"EdgeStrategy simulates its devices in one process, but the Trainer has devices={len(devices)}. Set "
+                "Trainer(devices=1): `num_devices` counts simulated devices and is independent of it."
+            )
+        if devices:
+            self._root_device = torch.device(devices[0])
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        super().setup(trainer)
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        module = self.lightning_module
+        assert module is not None
+        self._refuse_what_does_not_fit(trainer, module)
+        self.layout = ParameterLayout.of(module)
+        self._root_seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
+        if self._to_restore is not None and self.seed is None:
+            self._root_seed = self._to_restore["seed"]
+        self.uplink.setup(numel=self.layout.numel, num_devices=self.num_devices, seed=self._root_seed)
+        self.downlink.setup(numel=self.layout.numel, num_devices=self.num_devices)
+        self.parts.to(self.root_device)
+        self._worker = DeviceWorker(module, self.layout, self.local, self.vectorize)
+        if self._to_restore is not None:
+            self._restore(self._to_restore)
+            self._to_restore = None
+
+    def _refuse_what_does_not_fit(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        name = type(module).__name__
+        if not module.automatic_optimization:
+            raise MisconfigurationException(
+                f"EdgeStrategy needs automatic optimization, but {name} sets `automatic_optimization = False`. Return "
+                "the loss from `training_step` and let Lightning step the optimizer."
+            )
+        if len(self.optimizers) != 1:
+            raise MisconfigurationException(
+                f"EdgeStrategy needs exactly one optimizer, which acts at the server, but {name} configures "
+                f"{len(self.optimizers)}. Put the parameters in groups of one optimizer."
+            )
+        if trainer.accumulate_grad_batches != 1:
+            raise MisconfigurationException(
+                f"EdgeStrategy makes one round of every batch, so accumulate_grad_batches="
+                f"{trainer.accumulate_grad_batches} has no meaning. Set it to 1 and give each device a larger batch."
+            )
+        if getattr(self.precision_plugin, "scaler", None) is not None:
+            raise MisconfigurationException(
+                "EdgeStrategy does not scale the devices' losses, so precision='16-mixed' would lose small gradients. "
+                "Use 'bf16-mixed' or '32-true'."
+            )
+
+    # ---------------------------------------------------------------- a round
+
+    @override
+    def training_step(self, batch: Any, *args: Any) -> Any:
+        """One round: returns a loss whose ``backward`` writes the server's estimate into ``p.grad``.
+
+        Args:
+            batch: A :class:`DeviceBatch`, or any ordinary batch.
+            *args: The further arguments of the module's ``training_step``.
+
+        Returns:
+            The weighted mean of the devices' losses; in a dict with what else the module's step returned.
+
+        Raises:
+            NonFiniteUpdateError: If an update is not finite, according to ``on_nonfinite``.
+            ValueError: If the batch cannot be split or names unknown devices.
+        """
+        module, layout, worker = self.lightning_module, self.layout, self._worker
+        assert module is not None
+        assert layout is not None
+        assert worker is not None
+        devices = batch if isinstance(batch, DeviceBatch) else DeviceBatch.split(batch, self.num_devices)
+        devices, plan = self._plan(devices)
+
+        received_model = None
+        if not self.downlink.exact:
+            received_model = self.downlink(layout.flatten(dict(module.named_parameters())), plan)
+        with self.precision_plugin.train_step_context():
+            updates = worker(devices, args, received_model, plan)
+        with torch.no_grad():
+            updates, plan = self._only_finite(updates, plan)
+            received = self.uplink(updates.rows, plan)
+            estimate = self.aggregator(received.rows, received.weights)
+            if not torch.isfinite(estimate.sum()):
+                raise NonFiniteUpdateError(
+                    f"The server's estimate in round {plan.index} is not finite although every device's update was: "
+                    f"the uplink or aggregator overflowed ({type(self.uplink).__name__}, "
+                    f"{type(self.aggregator).__name__}). The weights were not changed."
+                )
+            loss = updates.losses @ plan.weights.to(updates.losses.dtype)
+        downlink_cost = self.downlink.cost(layout.numel, plan)
+        metrics = dict(received.metrics)
+        if self.on_nonfinite == "drop":
+            metrics["round/dropped_devices"] = len(devices) - len(plan.devices)
+        batch_size = len(devices) * devices.batch_size
+        self._log(module, updates, plan, metrics, received.cost, downlink_cost, batch_size)
+        self.round_index += 1
+
+        gradients = tuple(layout.unflatten(estimate).values())
+        trainable = (p for p in module.parameters() if p.requires_grad)
+        loss = _GradientInjection.apply(loss, gradients, *trainable)  # type: ignore[no-untyped-call]
+        return {"loss": loss, **updates.extras} if updates.extras else loss
+
+    def _plan(self, batch: DeviceBatch) -> tuple[DeviceBatch, Round]:
+        largest = int(batch.device_ids.max())
+        if largest >= self.num_devices:
+            raise ValueError(
+                f"The batch names device {largest}, but EdgeStrategy(num_devices={self.num_devices}) knows devices 0 "
+                f"to {self.num_devices - 1}. Give both the datamodule and the strategy the same `num_devices`."
+            )
+        chosen = self.scheduler(batch.device_ids, round_index=self.round_index, seed=self._root_seed)
+        if len(chosen) < len(batch):
+            batch = batch.select(chosen)
+        weights = batch.num_samples.to(torch.float64)
+        trainer = self.lightning_module.trainer if self.lightning_module is not None else None
+        planned = trainer.estimated_stepping_batches if trainer is not None else float("inf")
+        plan = Round(
+            index=self.round_index,
+            num_rounds=int(planned) if planned != float("inf") else None,
+            key=Key(seed=self._root_seed, round=self.round_index, devices=tuple(batch.device_ids.tolist())),
+            weights=(weights / weights.sum()).to(self.root_device, torch.float32),
+        )
+        return batch, plan
+
+    def _only_finite(self, updates: DeviceUpdates, plan: Round) -> tuple[DeviceUpdates, Round]:
+        finite = torch.isfinite(updates.rows.sum(dim=1))  # one pass: NaN and infinity survive a sum
+        if bool(finite.all()):
+            return updates, plan
+        bad = [plan.devices[row] for row in (~finite).nonzero().flatten().tolist()]
+        first = updates.rows[int((~finite).nonzero()[0])]
+        what = (
+            f"Device {bad[0]} produced {int((~torch.isfinite(first)).sum())} non-finite entries in round {plan.index}"
+            + (f" ({len(bad)} devices in all)" if len(bad) > 1 else "")
+        )
+        if self.on_nonfinite == "raise" or len(bad) == len(plan.devices):
+            raise NonFiniteUpdateError(
+                f"{what}. The weights were not changed. Lower the learning rate or fix the loss"
+                + (", or leave such devices out with on_nonfinite='drop'." if self.on_nonfinite == "raise" else ".")
+            )
+        rank_zero_warn(f"{what}; on_nonfinite='drop' leaves it out of this round.")
+        rows = finite.nonzero().flatten()
+        position = {int(row): new for new, row in enumerate(rows.tolist())}
+        kept = DeviceUpdates(rows=updates.rows[rows], losses=updates.losses[rows], log_options=updates.log_options)
+        for name, values in updates.logged.items():
+            here = [i for i, row in enumerate(updates.logged_rows[name].tolist()) if row in position]
+            if here:
+                kept.logged[name] = values[here]
+                kept.logged_rows[name] = torch.tensor([position[int(updates.logged_rows[name][i])] for i in here])
+        weights = plan.weights[rows]
+        devices = tuple(plan.devices[row] for row in rows.tolist())
+        key = Key(seed=plan.key.seed, round=plan.key.round, devices=devices)
+        dropped = Round(index=plan.index, num_rounds=plan.num_rounds, key=key, weights=weights / weights.sum())
+        return kept, dropped
+
+    def _log(
+        self,
+        module: pl.LightningModule,
+        updates: DeviceUpdates,
+        plan: Round,
+        metrics: dict[str, Tensor | float],
+        uplink: Cost,
+        downlink: Cost,
+        batch_size: int,
+    ) -> None:
+        for name, values in updates.logged.items():
+            weights = plan.weights[updates.logged_rows[name].to(plan.weights.device)].to(values.dtype)
+            module.log(
+                name, (values @ weights) / weights.sum(), **{"batch_size": batch_size} | updates.log_options[name]
+            )
+        entries: dict[str, Any] = self.ledger.add(uplink=uplink, downlink=downlink, devices=plan.devices)
+        if not self._is_logging_step(module.trainer, plan):
+            return
+        entries |= {f"{name}_cumulative": self.ledger.totals[name] for name in list(entries)}
+        entries |= metrics
+        # float64, because bits are exact integers beyond float32's 2^24
+        exact = {k: torch.as_tensor(v, dtype=torch.float64, device=self.root_device) for k, v in entries.items()}
+        module.log_dict(exact, on_step=True, on_epoch=False, batch_size=1)
+
+    @staticmethod
+    def _is_logging_step(trainer: pl.Trainer, plan: Round) -> bool:
+        """The steps on which loggers record, the first and the last; one call of ``log`` costs more than a round may."""
+        return (
+            (trainer.global_step + 1) % max(trainer.log_every_n_steps, 1) == 0
+            or plan.index == 0
+            or plan.index + 1 == plan.num_rounds
+        )
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def configuration(self) -> dict[str, str]:
+        """What two runs must share so that one can go on from the other's checkpoint."""
+        assert self.layout is not None
+        settings = {name: " ".join(repr(part).split()) for name, part in self.parts.items()}
+        return {"num_devices": str(self.num_devices), "model": str(self.layout), **settings}
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        if self.layout is not None and "optimizer_states" in checkpoint:  # a weights-only checkpoint stays one
+            checkpoint = checkpoint | {_CHECKPOINT_KEY: self._state()}
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        self._to_restore = checkpoint.get(_CHECKPOINT_KEY)
+        if self._to_restore is None and "optimizer_states" in checkpoint:
+            rank_zero_warn(
+                f"{checkpoint_path} was not written by an EdgeStrategy: the weights and the optimizer are restored, "
+                "rounds, error memories and the ledger start anew."
+            )
+        return checkpoint
+
+    def _state(self) -> dict[str, Any]:
+        assert self._worker is not None
+        return {
+            "configuration": self.configuration(),
+            "seed": self._root_seed,
+            "round": self.round_index,
+            "fell_back": self._worker.fell_back,
+            "ledger": self.ledger.state_dict(),
+            "parts": self.parts.state_dict(),
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        assert self._worker is not None
+        here = self.configuration() | {"seed": str(self._root_seed)}
+        there = state["configuration"] | {"seed": str(state["seed"])}
+        differing = [name for name in here | there if here.get(name) != there.get(name)]
+        if differing:
+            raise CheckpointMismatchError(
+                "The checkpoint was written by an EdgeStrategy with other settings: "
+                + "; ".join(f"{n} was {there.get(n)!r} and is now {here.get(n)!r}" for n in differing)
+                + ". Resume with the same settings, or start a new run from the weights alone "
+                "(`LightningModule.load_from_checkpoint`)."
+            )
+        self.round_index = state["round"]
+        self._worker.fell_back = state["fell_back"]
+        self.ledger.load_state_dict(state["ledger"])
+        self.parts.load_state_dict(state["parts"])
+
+
+class _GradientInjection(torch.autograd.Function):
+    """The loss, with a backward pass that yields given gradients instead of its own.
+
+    So the server's estimate takes the ordinary way into ``p.grad``: hooks before and after ``backward``, a module's
+    own ``backward``, and clipping see nothing unusual.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = grad_outputs
+        return None, None, *(scale.to(g.dtype) * g for g in ctx.gradients)

@@ -1,0 +1,40 @@
+"""The contract of every uplink: the devices' updates in, what the server received out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from groundwire.plugins.edge.ledger import Cost
+from groundwire.plugins.edge.round import Round
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Received:
+    """What the server holds after the uplink.
+
+    Args:
+        rows: Shape ``(R, d)``: one row a device (digital), or a single one (superposed in the air).
+        weights: Weight of each row in the aggregate, shape ``(R,)``, summing to one.
+        cost: What the transmission cost.
+        metrics: Scalars worth logging, by name, for example the decoder's residual.
+    """
+
+    rows: Tensor
+    weights: Tensor
+    cost: Cost
+    metrics: Mapping[str, Tensor | float] = field(default_factory=dict)
+
+
+class Uplink(nn.Module, ABC):
+    """Carries updates from the devices to the server. State (error memory) is keyed by device id."""
+
+    def setup(self, *, numel: int, num_devices: int, seed: int) -> None:  # a hook: some need nothing
+        """Allocate state for updates of ``numel`` entries from ``num_devices`` devices; called before any round."""
+
+    @abstractmethod
+    def forward(self, updates: Tensor, round: Round) -> Received:
+        """Send ``updates``, shape ``(M, d)``, row ``i`` from device ``round.devices[i]``; they are not modified."""

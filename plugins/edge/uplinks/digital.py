@@ -1,0 +1,39 @@
+"""Digital links: every device's update arrives by itself, compressed."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from typing_extensions import override
+
+from groundwire.plugins.compression import Compressor, ErrorFeedback
+from groundwire.plugins.edge.ledger import Cost
+from groundwire.plugins.edge.round import Round
+from groundwire.plugins.edge.uplinks.base import Received, Uplink
+
+
+class Digital(Uplink):
+    """Error-free digital link without a rate limit: updates are compressed, and bits are counted.
+
+    Args:
+        compressor: Any compressor; with error feedback, :class:`ErrorFeedback` around one.
+
+    Example:
+        >>> from groundwire.plugins.compression import TopK
+        >>> uplink = Digital(ErrorFeedback(TopK(density=0.01)))
+    """
+
+    def __init__(self, compressor: Compressor | ErrorFeedback) -> None:
+        super().__init__()
+        self.compressor = compressor
+
+    @override
+    def setup(self, *, numel: int, num_devices: int, seed: int) -> None:
+        if isinstance(self.compressor, ErrorFeedback):
+            self.compressor.setup(num_devices)
+
+    @override
+    def forward(self, updates: Tensor, round: Round) -> Received:
+        send = self.compressor if isinstance(self.compressor, ErrorFeedback) else self.compressor.roundtrip
+        message = send(updates, round.key)
+        cost = Cost(bits=message.bits_wire, bits_ideal=message.bits_ideal)
+        return Received(rows=message.values, weights=round.weights, cost=cost)

@@ -1,0 +1,95 @@
+"""Counter-based randomness: a draw depends on what it is for, never on how many draws came before it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_SHARED = -1  # device id of a draw that all devices and the server make alike
+
+
+def stream(
+    seed: int, *, purpose: str, round: int = 0, device_id: int = _SHARED, on: torch.device | str = "cpu"
+) -> torch.Generator:
+    """The random stream of one (seed, purpose, round, device).
+
+    Nothing has to be saved to resume it, it does not move when another part is added, and it does not depend on how
+    the devices are spread over processes. Streams on the CPU and on an accelerator differ for the same arguments.
+
+    Args:
+        seed: Root seed of the run.
+        purpose: What the numbers are for, for example ``"uplink/noise"``.
+        round: Round (step) index; leave it at 0 for what is drawn once a run.
+        device_id: The simulated device that draws; by default a stream that all devices and the server share.
+        on: Torch device on which the numbers will be drawn.
+
+    Returns:
+        A fresh generator.
+
+    Example:
+        >>> a = torch.rand(2, generator=stream(1, purpose="noise", round=3, device_id=7))
+        >>> b = torch.rand(2, generator=stream(1, purpose="noise", round=3, device_id=7))
+        >>> bool((a == b).all())
+        True
+    """
+    return torch.Generator(device=on).manual_seed(_hash(seed, purpose, device_id, round))
+
+
+def _hash(seed: int, purpose: str, device_id: int, round: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{device_id}/{round}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """Names the random draws of one round for the rows of a matrix, one device a row.
+
+    Args:
+        seed: Root seed of the run.
+        round: Round (step) index, from 0.
+        devices: Device id of each row. Rows drawn together equal rows drawn one by one.
+        name: Which segment of the vector the draws are for, for example a parameter's name.
+
+    Example:
+        >>> key = Key(seed=0, round=4, devices=(3, 8))
+        >>> both = key.rows("dither", lambda g: torch.rand(5, generator=g))
+        >>> alone = key.row(1).rows("dither", lambda g: torch.rand(5, generator=g))
+        >>> both.shape, bool((both[1:] == alone).all())
+        (torch.Size([2, 5]), True)
+    """
+
+    seed: int
+    round: int = 0
+    devices: tuple[int, ...] = (0,)
+    name: str = ""
+
+    def __len__(self) -> int:
+        return len(self.devices)
+
+    def row(self, index: int) -> Key:
+        """The key of one row alone."""
+        return Key(seed=self.seed, round=self.round, devices=(self.devices[index],), name=self.name)
+
+    def seed_of(self, purpose: str, row: int | None = None) -> int:
+        """The seed behind a stream, for code that takes no generator; of one row's device, or the shared one."""
+        return _hash(self.seed, self._named(purpose), _SHARED if row is None else self.devices[row], self.round)
+
+    def shared(self, purpose: str, *, on: torch.device | str = "cpu") -> torch.Generator:
+        """The stream of this round that every device and the server draw alike."""
+        return stream(self.seed, purpose=self._named(purpose), round=self.round, on=on)
+
+    def rows(
+        self, purpose: str, draw: Callable[[torch.Generator], Tensor], *, on: torch.device | str = "cpu"
+    ) -> Tensor:
+        """Stack ``draw(generator)`` over the devices, each with its own stream: shape ``(rows, ...)``."""
+        named = self._named(purpose)
+        return torch.stack(
+            [draw(stream(self.seed, purpose=named, round=self.round, device_id=m, on=on)) for m in self.devices]
+        )
+
+    def _named(self, purpose: str) -> str:
+        return f"{purpose}/{self.name}" if self.name else purpose

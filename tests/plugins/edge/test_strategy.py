@@ -1,0 +1,517 @@
+"""EdgeStrategy: equal to plain training where it should be, and different where it claims to be."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+import torchmetrics
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from groundwire.plugins.edge import (
+    Aggregator,
+    CheckpointMismatchError,
+    Cost,
+    DeviceBatch,
+    Downlink,
+    EdgeStrategy,
+    LocalSGD,
+    MajorityVote,
+    NonFiniteUpdateError,
+    Round,
+    UniformSample,
+)
+from helpers.edge import (
+    CLASSES,
+    FEATURES,
+    Classifier,
+    Rounds,
+    check_resume,
+    check_strategy_part,
+    fit,
+    generator,
+    loader,
+    mlp,
+    trainer,
+    weights,
+)
+
+PARTS = {
+    "scheduler": lambda: EdgeStrategy(num_devices=4, scheduler=UniformSample(2)),
+    "local_sgd": lambda: EdgeStrategy(num_devices=4, local=LocalSGD(lr=0.1, num_steps=3)),
+    "majority_vote": lambda: EdgeStrategy(num_devices=4, aggregator=MajorityVote()),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_part(name: str) -> None:
+    check_strategy_part(PARTS[name])
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_gradients_of_devices_against_single_sample_backwards(vectorize: bool) -> None:
+    """The updates that reach the uplink are each device's own gradients, computed here by plain autograd."""
+    seen: list[Tensor] = []
+
+    class Spy(Aggregator):
+        def forward(self, rows: Tensor, weights: Tensor) -> Tensor:
+            seen.append(rows.clone())
+            return weights @ rows
+
+    module, data = Classifier(mlp()), loader()
+    expected = []
+    x, y = next(iter(data))
+    for m in range(4):
+        twin = copy.deepcopy(module)
+        F.cross_entropy(twin.network(x[6 * m : 6 * m + 6]), y[6 * m : 6 * m + 6]).backward()
+        expected.append(torch.cat([p.grad.flatten() for p in twin.parameters()]))
+    fit(EdgeStrategy(num_devices=4, aggregator=Spy(), vectorize=vectorize), module, data, steps=1)
+    torch.testing.assert_close(seen[0], torch.stack(expected), rtol=1e-5, atol=1e-7)
+
+
+def test_one_device_equals_the_plain_trainer_bit_for_bit() -> None:
+    for options in ({}, {"gradient_clip_val": 0.05}, {"precision": "64-true"}):
+        plain, _, plain_losses = fit("auto", **options)
+        edge, _, edge_losses = fit(EdgeStrategy(num_devices=1), **options)
+        assert torch.equal(plain, edge)
+        assert plain_losses == edge_losses
+
+
+def test_many_devices_with_equal_shards_equal_one_large_batch() -> None:
+    plain, _, _ = fit("auto", Classifier(mlp(), "SGD", lr=0.1))
+    edge, _, _ = fit(EdgeStrategy(num_devices=8), Classifier(mlp(), "SGD", lr=0.1))
+    torch.testing.assert_close(edge, plain, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(edge, weights(Classifier(mlp())))
+
+
+@pytest.mark.parametrize("local", [None, LocalSGD(lr=0.1, num_steps=3)])
+@pytest.mark.parametrize(
+    "network",
+    [
+        mlp,
+        lambda: nn.Sequential(nn.Unflatten(1, (1, FEATURES)), nn.Conv1d(1, 4, 3), nn.Flatten(), nn.Linear(40, CLASSES)),
+    ],
+)
+def test_vectorised_and_loop_give_equal_numbers(local: Any, network: Any) -> None:
+    module = Classifier(network())
+    together, _, losses = fit(EdgeStrategy(num_devices=4, local=local, vectorize=True), module)
+    loop, _, loop_losses = fit(EdgeStrategy(num_devices=4, local=local, vectorize=False), module)
+    torch.testing.assert_close(together, loop, rtol=1e-4, atol=1e-6)
+    assert losses == pytest.approx(loop_losses, rel=1e-5)
+
+
+def test_local_sgd_with_one_full_step_is_a_scaled_gradient() -> None:
+    """tau = 1 on the full batch and server SGD at lr 1 is plain SGD at the local rate."""
+    plain, _, _ = fit("auto", Classifier(mlp(), "SGD", lr=0.1))
+    fedavg, _, _ = fit(
+        EdgeStrategy(num_devices=4, local=LocalSGD(lr=0.1, num_steps=1)), Classifier(mlp(), "SGD", lr=1.0)
+    )
+    torch.testing.assert_close(fedavg, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_fedavg_equals_hand_written_fedavg() -> None:
+    """Two rounds of FedAvg, against deepcopies trained by torch.optim.SGD and averaged with their sample counts."""
+    module = Classifier(mlp(), "SGD", lr=1.0)
+    g = generator(5)
+    x, y = torch.randn(3, 8, FEATURES, generator=g), torch.randint(0, CLASSES, (3, 8), generator=g)
+    counts = torch.tensor([10, 20, 70])
+    batch = DeviceBatch(data=(x, y), device_ids=torch.arange(3), num_samples=counts)
+    server = copy.deepcopy(module.network)
+    for _ in range(2):
+        models = []
+        for m in range(3):
+            device = copy.deepcopy(server)
+            sgd = torch.optim.SGD(device.parameters(), lr=0.2)
+            for step in range(4):
+                sgd.zero_grad()
+                F.cross_entropy(device(x[m, 2 * step : 2 * step + 2]), y[m, 2 * step : 2 * step + 2]).backward()
+                sgd.step()
+            models.append(device)
+        with torch.no_grad():
+            for name, p in server.named_parameters():
+                p.copy_(
+                    sum(float(c) / 100 * dict(d.named_parameters())[name] for c, d in zip(counts, models, strict=True))
+                )
+    for vectorize in (True, False):
+        strategy = EdgeStrategy(num_devices=3, local=LocalSGD(lr=0.2, num_steps=4), vectorize=vectorize)
+        trained, _, _ = fit(strategy, module, Rounds(batch, batch), steps=2)
+        torch.testing.assert_close(trained, weights(server), rtol=1e-5, atol=1e-6)
+
+
+def test_ragged_devices_use_their_own_samples_only() -> None:
+    g = generator(6)
+    x, y = torch.randn(2, 5, FEATURES, generator=g), torch.randint(0, CLASSES, (2, 5), generator=g)
+    x[1, 3:] = float("nan")  # padding: must never be read
+    counts = torch.tensor([5, 3])
+    batch = DeviceBatch(data=(x, y), device_ids=torch.arange(2), num_samples=counts, lengths=counts)
+    module = Classifier(mlp(), "SGD", lr=0.1)
+    with pytest.warns(UserWarning, match="different numbers of samples"):
+        trained, _, losses = fit(EdgeStrategy(num_devices=2), module, Rounds(batch), steps=1)
+    twin = copy.deepcopy(module.network)
+    pooled_x, pooled_y = torch.cat([x[0], x[1, :3]]), torch.cat([y[0], y[1, :3]])
+    loss = F.cross_entropy(twin(pooled_x), pooled_y)  # weights n_m / n make it the pooled mean
+    loss.backward()
+    with torch.no_grad():
+        for p in twin.parameters():
+            p -= 0.1 * p.grad
+    torch.testing.assert_close(trained, weights(twin), rtol=1e-5, atol=1e-6)
+    assert losses == pytest.approx([float(loss)], rel=1e-6)
+
+
+def test_logged_values_are_averaged_over_devices() -> None:
+    class Logs(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            x, y = batch
+            self.log("mean_y", y.float().mean())
+            self.log_dict({"constant": 3.0, "first": x[0, 0]}, prog_bar=False)
+            return {"loss": F.cross_entropy(self(x), y), "logits": self(x)}
+
+    data = loader()
+    x, y = next(iter(data))
+    for vectorize in (True, False):
+        _, t, _ = fit(EdgeStrategy(num_devices=4, vectorize=vectorize), Logs(mlp()), data, steps=1)
+        logged = t.callback_metrics
+        assert float(logged["mean_y"]) == pytest.approx(float(y.float().mean()), rel=1e-6)
+        assert float(logged["constant"]) == 3.0
+        assert float(logged["first"]) == pytest.approx(float(x[::6, 0].mean()), rel=1e-5)
+
+
+def test_what_the_step_returns_keeps_a_device_dimension(tmp_path: Any) -> None:
+    class Outputs(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            logits = self(batch[0])
+            return {"loss": F.cross_entropy(logits, batch[1]), "logits": logits, "note": "kept"}
+
+    shapes = []
+
+    class Read(ModelCheckpoint):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *args: Any) -> None:
+            shapes.append((tuple(outputs["logits"].shape), outputs["note"], outputs["logits"].requires_grad))
+
+    for vectorize in (True, False):
+        fit(
+            EdgeStrategy(num_devices=4, vectorize=vectorize),
+            Outputs(mlp()),
+            steps=1,
+            callbacks=[Read()],
+            enable_checkpointing=True,
+            default_root_dir=tmp_path,
+        )
+    assert shapes == [((4, 6, CLASSES), "kept", False)] * 2
+
+
+class WithMetric(Classifier):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network)
+        self.accuracy = torchmetrics.classification.MulticlassAccuracy(CLASSES, average="micro")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        logits = self(batch[0])
+        self.accuracy(logits, batch[1])
+        self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
+        return F.cross_entropy(logits, batch[1])
+
+
+def test_torchmetrics_in_the_step_fall_back_to_the_loop_and_count_every_sample() -> None:
+    module = WithMetric(mlp())
+    module.lr = 0.0  # the model stays as it is, so the epoch's accuracy is that of the model on all samples
+    x, y = loader().dataset.tensors
+    expected = float((module.network(x).argmax(1) == y).float().mean())
+    with pytest.warns(UserWarning, match="torchmetrics"):
+        _, t, _ = fit(EdgeStrategy(num_devices=4), module, steps=4)
+    assert float(t.callback_metrics["accuracy"]) == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(MisconfigurationException, match="torchmetrics"):
+        fit(EdgeStrategy(num_devices=4, vectorize=True), module, steps=1)
+
+
+class Branches(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        return loss if loss.item() > 0 else loss * 2
+
+
+@pytest.mark.parametrize(
+    ("module", "cause"),
+    [(Branches(mlp()), "item"), (Classifier(mlp(nn.BatchNorm1d(16))), "BatchNorm1d")],
+)
+def test_auto_falls_back_once_and_names_the_cause(module: Classifier, cause: str) -> None:
+    with pytest.warns(UserWarning, match="in a loop") as caught:
+        auto, _, _ = fit(EdgeStrategy(num_devices=4), module)
+    messages = [str(w.message) for w in caught if "in a loop" in str(w.message)]
+    assert len(messages) == 1
+    assert cause in messages[0]
+    loop, _, _ = fit(EdgeStrategy(num_devices=4, vectorize=False), module)
+    assert torch.equal(auto, loop)
+    with pytest.raises(MisconfigurationException, match=cause):
+        fit(EdgeStrategy(num_devices=4, vectorize=True), module)
+
+
+def test_batch_norm_statistics_are_the_mean_over_devices() -> None:
+    module = Classifier(mlp(nn.BatchNorm1d(16)))
+    x, _ = next(iter(loader()))
+    hidden = module.network[0](x).detach().view(4, 6, 16)
+    _, t, _ = fit(EdgeStrategy(num_devices=4, vectorize=False), module, steps=1)
+    norm = t.lightning_module.network[1]
+    torch.testing.assert_close(norm.running_mean, 0.1 * hidden.mean((0, 1)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * hidden.var(1).mean(0), rtol=1e-5, atol=1e-6)
+    assert int(norm.num_batches_tracked) == 1
+
+
+def test_dropout_is_drawn_from_counters_and_leaves_the_global_stream_alone() -> None:
+    module = Classifier(mlp(nn.Dropout(0.5)))
+    for vectorize in (True, False):
+        build = lambda v=vectorize: EdgeStrategy(num_devices=4, vectorize=v)
+        first, _, losses = fit(build(), module)
+        torch.rand(3)  # the global stream has moved on
+        second, _, again = fit(build(), module)
+        assert losses == again
+        assert torch.equal(first, second)
+        check_resume(build, module, losses, first)
+        other, _, _ = fit(EdgeStrategy(num_devices=4, vectorize=vectorize, seed=9), module)
+        assert not torch.equal(first, other)
+
+
+def test_lr_schedule_and_clipping_act_on_the_aggregated_gradient() -> None:
+    class Scheduled(Classifier):
+        def configure_optimizers(self) -> Any:
+            sgd = torch.optim.SGD(self.parameters(), lr=1.0)
+            return [sgd], [{"scheduler": torch.optim.lr_scheduler.StepLR(sgd, 1, 0.5), "interval": "step"}]
+
+    start = weights(Scheduled(mlp()))
+    one, _, _ = fit(EdgeStrategy(num_devices=4), Scheduled(mlp()), steps=1, gradient_clip_val=0.01)
+    assert float((one - start).norm()) == pytest.approx(0.01, rel=1e-3)
+    two, _, _ = fit(EdgeStrategy(num_devices=4), Scheduled(mlp()), steps=2, gradient_clip_val=0.01)
+    assert float((two - one).norm()) == pytest.approx(0.005, rel=1e-3)
+
+
+def test_frozen_and_unused_parameters() -> None:
+    network = mlp()
+    network[0].weight.requires_grad_(False)
+    module = Classifier(network)
+    module.unused = nn.Parameter(torch.ones(2))
+    before = network[0].weight.clone()
+    for vectorize in (True, False):
+        _, t, _ = fit(EdgeStrategy(num_devices=4, vectorize=vectorize), module)
+        assert torch.equal(t.lightning_module.network[0].weight, before)
+        assert torch.equal(t.lightning_module.unused, torch.ones(2))
+        assert "network.0.weight" not in t.strategy.layout.names
+
+
+class Shifted(Downlink):
+    """Each device sees the model shifted by its own number (or all by one)."""
+
+    def __init__(self, per_device: bool) -> None:
+        super().__init__()
+        self.per_device = per_device
+
+    def forward(self, model: Tensor, round: Round) -> Tensor:
+        if not self.per_device:
+            return model + 1.0
+        return model + torch.tensor(round.devices, dtype=model.dtype).unsqueeze(1)
+
+    def cost(self, numel: int, round: Round) -> Cost:
+        return Cost(bits=numel, bits_ideal=numel)
+
+
+@pytest.mark.parametrize("per_device", [True, False])
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_downlink_decides_at_which_model_devices_compute(per_device: bool, vectorize: bool) -> None:
+    module = Classifier(mlp(), "SGD", lr=1.0)
+    x, y = next(iter(loader()))
+    gradients = []
+    for m in range(4):
+        twin = copy.deepcopy(module)
+        with torch.no_grad():
+            for p in twin.parameters():
+                p += float(m) if per_device else 1.0
+        F.cross_entropy(twin.network(x[6 * m : 6 * m + 6]), y[6 * m : 6 * m + 6]).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in twin.parameters()]))
+    strategy = EdgeStrategy(num_devices=4, downlink=Shifted(per_device), vectorize=vectorize)
+    trained, t, _ = fit(strategy, module, steps=1)
+    expected = weights(module) - torch.stack(gradients).mean(0).double()
+    torch.testing.assert_close(trained, expected, rtol=1e-4, atol=1e-5)
+    assert t.strategy.ledger.totals["downlink/bits"] == t.strategy.layout.numel
+
+
+def test_ledger_counts_exactly_and_is_logged() -> None:
+    _, t, _ = fit(EdgeStrategy(num_devices=4, scheduler=UniformSample(3)), steps=5)
+    numel = t.strategy.layout.numel
+    assert t.strategy.ledger.totals == {"uplink/bits": 5 * 3 * 32 * numel, "downlink/bits": 5 * 32 * numel}
+    assert t.callback_metrics["uplink/bits"].dtype == torch.float64
+    assert float(t.callback_metrics["uplink/bits_cumulative"]) == 5 * 3 * 32 * numel
+    assert float(t.callback_metrics["uplink/bits"]) == 3 * 32 * numel
+
+
+class Poisoned(Classifier):
+    """The device that holds sample 0 of a batch has a loss of NaN in the second round."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        marked = (batch[0][0] == self.mark).all() & (batch_idx == 1)
+        loss = loss * torch.where(marked, float("nan"), 1.0)
+        self.log("train/loss", loss)
+        return loss
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_nonfinite_updates_are_refused_or_dropped_never_averaged_in(vectorize: bool) -> None:
+    data = loader()
+    module = Poisoned(mlp(), "SGD", lr=0.1)
+    module.mark = data.dataset.tensors[0][24 + 6]  # the first sample of device 1 in the second batch
+    clean, _, _ = fit(EdgeStrategy(num_devices=4, vectorize=vectorize), module, data, steps=1)
+    watched = copy.deepcopy(module)
+    with pytest.raises(NonFiniteUpdateError, match=r"Device 1 produced \d+ non-finite entries in round 1"):
+        trainer(EdgeStrategy(num_devices=4, vectorize=vectorize), steps=3).fit(watched, data)
+    assert torch.equal(weights(watched), clean), "the weights are those after the last good round"
+    with pytest.warns(UserWarning, match="leaves it out"):
+        dropped, t, _ = fit(
+            EdgeStrategy(num_devices=4, vectorize=vectorize, on_nonfinite="drop"), module, data, steps=2
+        )
+    x, y = (t[24:48].view(4, 6, *t.shape[1:])[[0, 2, 3]].flatten(0, 1) for t in data.dataset.tensors)
+    twin = copy.deepcopy(t.lightning_module.network)
+    torch.nn.utils.vector_to_parameters(clean.float(), twin.parameters())
+    F.cross_entropy(twin(x), y).backward()
+    expected = clean - 0.1 * torch.cat([p.grad.flatten() for p in twin.parameters()]).double()
+    torch.testing.assert_close(dropped, expected, rtol=1e-5, atol=1e-6)
+    assert torch.isfinite(t.callback_metrics["train/loss"])
+    assert float(t.callback_metrics["round/dropped_devices"]) == 1.0
+
+
+def test_resumes_with_plain_mean() -> None:
+    build = lambda: EdgeStrategy(num_devices=4)
+    final, _, losses = fit(build(), Classifier(mlp()))
+    check_resume(build, Classifier(mlp()), losses, final)
+
+
+def test_checkpoint_of_another_configuration_names_both(tmp_path: Any) -> None:
+    saver = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=2, filename="two")
+    fit(EdgeStrategy(num_devices=4), enable_checkpointing=True, callbacks=[saver], steps=2)
+    for other, both in [
+        (EdgeStrategy(num_devices=8), "num_devices was '4' and is now '8'"),
+        (EdgeStrategy(num_devices=4, scheduler=UniformSample(2)), r"AllDevices.*UniformSample\(num_scheduled=2\)"),
+        (EdgeStrategy(num_devices=4, seed=5), "seed was '0' and is now '5'"),
+    ]:
+        with pytest.raises(CheckpointMismatchError, match=both):
+            trainer(other, steps=4).fit(Classifier(mlp()), loader(), ckpt_path=str(tmp_path / "two.ckpt"))
+    plain = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=2, filename="plain")
+    fit("auto", enable_checkpointing=True, callbacks=[plain], steps=2)
+    t = trainer(EdgeStrategy(num_devices=4), steps=4)
+    with pytest.warns(UserWarning, match="not written by an EdgeStrategy"):
+        t.fit(Classifier(mlp()), loader(), ckpt_path=str(tmp_path / "plain.ckpt"))
+
+
+def test_weights_only_checkpoint_stays_one(tmp_path: Any) -> None:
+    saver = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=2, filename="w", save_weights_only=True)
+    fit(EdgeStrategy(num_devices=4), enable_checkpointing=True, callbacks=[saver], steps=2)
+    assert "groundwire.edge" not in torch.load(tmp_path / "w.ckpt", weights_only=True)
+    full = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=2, filename="f")
+    fit(EdgeStrategy(num_devices=4), enable_checkpointing=True, callbacks=[full], steps=2)
+    assert torch.load(tmp_path / "f.ckpt", weights_only=True)["groundwire.edge"]["round"] == 2
+
+
+class Manual(Classifier):
+    def __init__(self) -> None:
+        super().__init__(mlp())
+        self.automatic_optimization = False
+
+
+class TwoOptimizers(Classifier):
+    def configure_optimizers(self) -> Any:
+        self.automatic_optimization = True
+        half = list(self.parameters())
+        return [torch.optim.SGD(half[:2], lr=0.1), torch.optim.SGD(half[2:], lr=0.1)]
+
+
+class NoLoss(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None
+
+
+def test_bad_input_is_refused_by_message() -> None:
+    for options, message in [
+        ({"num_devices": 0}, "`num_devices` must be at least 1, got 0"),
+        ({"num_devices": 2, "vectorize": "maybe"}, "`vectorize` must be 'auto', True or False"),
+        ({"num_devices": 2, "on_nonfinite": "ignore"}, "`on_nonfinite` must be 'raise' or 'drop'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            EdgeStrategy(**options)
+    with pytest.raises(ValueError, match="24 samples cannot be split evenly over 5 devices"):
+        fit(EdgeStrategy(num_devices=5))
+    with pytest.raises(ValueError, match="24 samples cannot be split evenly over 48 devices"):
+        fit(EdgeStrategy(num_devices=48))
+    with pytest.raises(MisconfigurationException, match="automatic optimization"):
+        fit(EdgeStrategy(num_devices=2), Manual())
+    with pytest.raises(MisconfigurationException, match="accumulate_grad_batches=2"):
+        fit(EdgeStrategy(num_devices=2), accumulate_grad_batches=2)
+    with pytest.raises(MisconfigurationException, match="must return a loss tensor"):
+        fit(EdgeStrategy(num_devices=2), NoLoss(mlp()))
+    with pytest.raises(MisconfigurationException, match="one process, but the Trainer has devices=2"):
+        pl.Trainer(strategy=EdgeStrategy(num_devices=2), accelerator="cpu", devices=2, logger=False)
+    batch = DeviceBatch(
+        data=(torch.zeros(1, 2, FEATURES), torch.zeros(1, 2, dtype=torch.long)),
+        device_ids=torch.tensor([7]),
+        num_samples=torch.tensor([2]),
+    )
+    with pytest.raises(ValueError, match="names device 7, but EdgeStrategy\\(num_devices=2\\)"):
+        fit(EdgeStrategy(num_devices=2), None, Rounds(batch))
+    with pytest.raises(ValueError, match="`num_scheduled` is 9, but only 2 devices have data"):
+        fit(EdgeStrategy(num_devices=2, scheduler=UniformSample(9)))
+    frozen = Classifier(mlp())
+    frozen.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter that requires a gradient"):
+        fit(EdgeStrategy(num_devices=2), frozen)
+
+
+def test_several_optimizers_are_refused() -> None:
+    with pytest.raises((MisconfigurationException, RuntimeError), match="optimizer"):
+        fit(EdgeStrategy(num_devices=2), TwoOptimizers(mlp()))
+
+
+def test_local_sgd_bad_input() -> None:
+    for options, message in [
+        ({"lr": 0.0, "num_steps": 1}, "`lr` must be > 0"),
+        ({"lr": 0.1, "num_steps": 0}, "`num_steps` must be at least 1"),
+        ({"lr": 0.1, "num_steps": 1, "batch_size": 0}, "`batch_size` must be at least 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            LocalSGD(**options)
+    with pytest.raises(ValueError, match="6 samples a device and round cannot be cut"):
+        fit(EdgeStrategy(num_devices=4, local=LocalSGD(lr=0.1, num_steps=4)))
+
+
+def test_validation_and_prediction_work_as_ever() -> None:
+    class Validated(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val/loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self(batch[0])
+
+    t = trainer(EdgeStrategy(num_devices=4), steps=4)
+    module = Validated(mlp())
+    t.fit(module, loader(), loader())
+    assert "val/loss" in t.callback_metrics
+    assert len(t.predict(module, loader())) == 4
+    assert t.validate(module, loader(), verbose=False)[0]["val/loss"] > 0
+
+
+def test_round_plan_is_told_the_number_of_rounds() -> None:
+    told: list[tuple[int, int | None]] = []
+
+    class Spy(Downlink):
+        def forward(self, model: Tensor, round: Round) -> Tensor:
+            told.append((round.index, round.num_rounds))
+            assert round.weights.sum().item() == pytest.approx(1.0)
+            return model
+
+        def cost(self, numel: int, round: Round) -> Cost:
+            return Cost()
+
+    fit(EdgeStrategy(num_devices=4, downlink=Spy()), steps=3)
+    assert told == [(0, 3), (1, 3), (2, 3)]
