@@ -20,26 +20,16 @@ import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.optimize import brentq, curve_fit
 from scipy.stats import norm
 
-from groundwire.plugins.channels import AMP, amp, make_projection
+from groundwire.plugins.channels import amp, make_projection, minimax_alpha
 
 Array = npt.NDArray[np.float64]
 
 SUCCESS_NMSE = 1e-4
 DELTAS = np.linspace(0.1, 0.9, 9)
 RHOS = np.linspace(0.04, 0.84, 21)
-DEFAULT_ALPHA = {"gaussian": 1.0, "dct": 1.2}
-
-
-def minimax_alpha(delta: float) -> float:
-    """The threshold that goes furthest at ``s/d = delta``: the parameter of the phase transition's formula."""
-
-    def excess(tau: float) -> float:
-        return float(2 * norm.pdf(tau) / (tau + 2 * (norm.pdf(tau) - tau * norm.cdf(-tau))) - delta)
-
-    return float(brentq(excess, 1e-9, 20))
+FIXED_ALPHA = {"gaussian": 1.0, "dct": 1.2}  # AMP() takes these, or the minimax threshold where that is higher
 
 
 def transition(delta: float) -> float:
@@ -74,18 +64,13 @@ def measure(
 
 
 def halfway(success: Array) -> float:
-    """Where the success probability crosses one half: logistic fit; NaN if it never succeeds."""
-    if success.max() < 0.5:
+    """Where the success probability falls to one half, by interpolation; NaN if it never succeeds or never fails."""
+    below = np.flatnonzero(success < 0.5)
+    if not len(below) or below[0] == 0:
         return float("nan")
-    start = RHOS[success >= 0.5].max()
-    (center, _), _ = curve_fit(
-        lambda rho, center, width: 1 / (1 + np.exp(np.clip((rho - center) / abs(width), -50, 50))),
-        RHOS,
-        success,
-        p0=(start + 0.02, 0.02),
-        maxfev=10_000,
-    )
-    return float(center)
+    last = below[0] - 1
+    share = (success[last] - 0.5) / (success[last] - success[last + 1])
+    return float(RHOS[last] + share * (RHOS[last + 1] - RHOS[last]))
 
 
 def plot(surfaces: dict[tuple[str, str], Array], d: int, trials: int) -> tuple[Any, Any]:
@@ -100,12 +85,19 @@ def plot(surfaces: dict[tuple[str, str], Array], d: int, trials: int) -> tuple[A
         image = ax.pcolormesh(
             DELTAS, RHOS, surfaces[kind, "minimax"].T, cmap="cividis", vmin=0, vmax=1, shading="nearest"
         )
-        alpha = DEFAULT_ALPHA[kind]
-        ax.plot(fine, [transition(x) for x in fine], color="white", lw=2.2, label="theory, minimax threshold")
+        alpha = FIXED_ALPHA[kind]
         ax.plot(
-            fine, [transition_at(x, alpha) for x in fine], "--", color="white", lw=1.6, label=f"theory, alpha = {alpha}"
+            fine, [transition(x) for x in fine], color="white", lw=2.2, label="theory (Gaussian), minimax threshold"
         )
-        for rule, marker in (("minimax", "o"), ("default", "^")):
+        ax.plot(
+            fine,
+            [transition_at(x, alpha) for x in fine],
+            "--",
+            color="white",
+            lw=1.6,
+            label=f"theory (Gaussian), alpha = {alpha}",
+        )
+        for rule, marker in (("minimax", "o"), ("fixed", "^")):
             name = "minimax threshold" if rule == "minimax" else f"alpha = {alpha}"
             measured = [halfway(row) for row in surfaces[kind, rule]]
             ax.plot(DELTAS, measured, marker, color="tab:red", mec="white", ms=7, label=f"measured, {name}")
@@ -123,20 +115,19 @@ def main() -> None:
     parser.add_argument("--d", type=int, default=1000, help="entries of the vector")
     parser.add_argument("--seeds", type=int, default=5, help="matrices per cell")
     parser.add_argument("--trials", type=int, default=4, help="vectors per matrix")
-    parser.add_argument("--iterations", type=int, default=300)
+    parser.add_argument("--iterations", type=int, default=600)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    assert AMP().alpha is None  # the defaults of DEFAULT_ALPHA are chosen by the projection
     start = time.process_time()
 
     rows, surfaces = [], {}
     print(f"{'matrix':>9} {'threshold':>9} {'alpha':>6} {'s/d':>5} {'theory':>7} {'measured':>9}")
     for kind in ("gaussian", "dct"):
-        for rule in ("minimax", "default"):
+        for rule in ("minimax", "fixed"):
             surface = []
             for delta in map(float, DELTAS):
-                alpha = minimax_alpha(delta) if rule == "minimax" else DEFAULT_ALPHA[kind]
+                alpha = minimax_alpha(delta) if rule == "minimax" else FIXED_ALPHA[kind]
                 theory = transition_at(delta, alpha)
                 success, nmse = measure(kind, delta, alpha, args.d, args.seeds, args.trials, args.iterations)
                 surface.append(success)

@@ -9,6 +9,7 @@ from groundwire.plugins.channels.functional import (
     least_squares,
     linear_to_db,
     mac_sum_rate_bits,
+    minimax_alpha,
     power_per_round,
     power_per_symbol,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "linear_to_db",
     "mac_sum_rate_bits",
     "make_projection",
+    "minimax_alpha",
     "power_per_round",
     "power_per_symbol",
 ]

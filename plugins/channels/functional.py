@@ -212,6 +212,39 @@ def soft_threshold(u: Tensor, threshold: Tensor) -> Tensor:
     return u - torch.clamp(u, -threshold, threshold)
 
 
+def minimax_alpha(sampling: float) -> float:
+    """The threshold of AMP, in noise levels, that reaches furthest at ``sampling = s / d``.
+
+    It rises as the measurements become fewer: 0.88 at 0.5, 1.74 at 0.1. A threshold well below it makes AMP blow up.
+
+    Args:
+        sampling: Measurements per entry ``s / d``, in (0, 1].
+
+    Returns:
+        The root ``tau`` of ``s/d = 2 phi(tau) / (tau + 2 (phi(tau) - tau Phi(-tau)))``; 0 at ``s = d``.
+
+    Raises:
+        ValueError: If ``sampling`` is outside (0, 1].
+
+    Reference:
+        Donoho, Maleki, Montanari, PNAS 106(45), 2009, the parametric form of the phase transition. arXiv:0907.3574
+
+    Example:
+        >>> round(minimax_alpha(0.5), 3)
+        0.877
+    """
+    if not 0 < sampling <= 1:
+        raise ValueError(f"`sampling`, measurements per entry s/d, must be in (0, 1], got {sampling}.")
+    low, high = 0.0, 40.0
+    for _ in range(60):  # bisection: the right side falls from 1 at tau = 0 to 0
+        tau = (low + high) / 2
+        density = math.exp(-tau * tau / 2) / math.sqrt(2 * math.pi)
+        tail = math.erfc(tau / math.sqrt(2)) / 2
+        above = 2 * density > sampling * (tau + 2 * (density - tau * tail))
+        low, high = (tau, high) if above else (low, tau)
+    return (low + high) / 2
+
+
 def amp(
     v: Tensor,
     projection: Projection,
@@ -229,14 +262,16 @@ def amp(
         v: Measurements, shape ``(..., s)``, in the dtype of the projection; scaled to unit norm inside, so the result
             scales with ``v``.
         projection: The matrix ``A`` of shape ``(s, d)``, with columns of unit norm on average.
-        alpha: Threshold in units of the estimated noise level; 0.8 to 1.5 is the useful range.
+        alpha: Threshold in units of the estimated noise level. 0.8 to 1.5 is the useful range at ``s/d = 0.5``; with
+            fewer measurements it must rise, see :func:`minimax_alpha`.
         num_iterations: Most iterations, >= 1; each costs one ``mv`` and one ``mtv``.
         tol: Stop when ``||x_new - x|| <= tol ||x_new||``.
         damping: Weight of the new iterate, in (0, 1]; 1 is plain AMP, about 0.7 tames an unstable run.
 
     Returns:
-        The estimate and how it went. ``v = 0`` gives zeros. A row that diverges (``||r|| > 100 ||v||`` or not finite)
-        is flagged and gives its iterate of smallest residual; a row that was not finite gives zeros, flagged.
+        The estimate and how it went. ``v = 0`` gives zeros. A row that diverges (``||r|| > 100 ||v||`` or not finite, or
+        ``||r|| > ||v||`` in the end: by state evolution a larger error than that of zero) is flagged and gives its
+        iterate of smallest ``||v - A x||``; a row that was not finite gives zeros, flagged.
 
     Raises:
         ValueError: If a setting is outside its range, or ``v`` does not fit the projection.
@@ -388,19 +423,15 @@ def _message_passing(
     diverged = ~scale.isfinite()
     iterations = torch.zeros_like(active, dtype=torch.int64)
     for _ in range(num_iterations):
-        all_active = on_host and bool(active.all())
-
-        def advance(new: Tensor, old: Tensor, all_active: bool = all_active, active: Tensor = active) -> Tensor:
-            return new if all_active else torch.where(active, new, old)
-
+        moving = None if on_host and bool(active.all()) else active  # the rest has settled and is left alone
         new, onsager = denoise(x + projection.mtv(r), r_norm / math.sqrt(projection.num_rows))
         if damping != 1:
             new = torch.lerp(x, new, damping)
         error = v - projection.mv(new)
-        r = advance(torch.addcmul(error, onsager, r), r)
-        r_norm, residual = _norm(r), advance(_norm(error), residual)
+        r = _advance(r, torch.addcmul(error, onsager, r), moving)
+        r_norm, residual = _norm(r), _advance(residual, _norm(error), moving)
         settled = _norm(new - x) <= tol * _norm(new)
-        x = advance(new, x)
+        x = _advance(x, new, moving)
         iterations = iterations + active
         blown = active & ~(r_norm <= 100)  # catches what is not a number, too
         diverged = diverged | blown
@@ -410,6 +441,8 @@ def _message_passing(
         active = active & ~blown & ~settled
         if on_host and not bool(active.any()):
             break
+    # ||r|| estimates the noise on u, so a final ||r|| above ||v|| is an error above that of the zero vector.
+    diverged = diverged | (r_norm > 1 + 1e-3)
     return Recovery(
         x=torch.where(diverged, best_x, x) * scale.nan_to_num(0, 0, 0),
         iterations=iterations.squeeze(-1),
@@ -418,7 +451,13 @@ def _message_passing(
     )
 
 
+def _advance(old: Tensor, new: Tensor, moving: Tensor | None) -> Tensor:
+    """The new value in the rows that move; None: all of them."""
+    return new if moving is None else torch.where(moving, new, old)
+
+
 def _norm(x: Tensor) -> Tensor:
+    """Norm of each row, shape (..., 1)."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return norm
 

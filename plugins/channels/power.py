@@ -76,6 +76,9 @@ class ConstantPower(PowerSchedule):
             raise ValueError(f"`round` counts from 0, got {round}.")
         return self._power
 
+    def __repr__(self) -> str:
+        return f"ConstantPower({self._power})"
+
 
 class LinearPower(PowerSchedule):
     """Energy that goes from ``low`` in the first round to ``high`` in the last, in equal increments.
@@ -107,6 +110,9 @@ class LinearPower(PowerSchedule):
         if num_rounds == 1:
             return (self.low + self.high) / 2
         return self.low + (self.high - self.low) * (round / (num_rounds - 1))
+
+    def __repr__(self) -> str:
+        return f"LinearPower({self.low}, {self.high})"
 
 
 class StepPower(PowerSchedule):
@@ -142,6 +148,9 @@ class StepPower(PowerSchedule):
                 f"`levels` has {len(self.levels)} energies, but the run has only {num_rounds} rounds; drop some levels."
             )
         return self.levels[round * len(self.levels) // num_rounds]
+
+    def __repr__(self) -> str:
+        return f"StepPower({list(self.levels)})"
 
 
 def check_power(power: float) -> float:

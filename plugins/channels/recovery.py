@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from groundwire.plugins.channels.base import Recovery
-from groundwire.plugins.channels.functional import amp, bernoulli_gauss_amp, least_squares
+from groundwire.plugins.channels.functional import amp, bernoulli_gauss_amp, least_squares, minimax_alpha
 from groundwire.plugins.channels.projection import Projection
 
 
@@ -27,8 +27,9 @@ class AMP(Decoder):
     ``s / d = 0.5``), and approximately beyond, the better the fewer entries hold most of the energy.
 
     Args:
-        alpha: Threshold in units of the estimated noise level; by default 1.0 for a dense Gaussian projection and 1.2
-            for a row-orthogonal one.
+        alpha: Threshold in units of the estimated noise level. By default 1.0 for a dense Gaussian projection and 1.2
+            for a row-orthogonal one, or :func:`~groundwire.plugins.channels.functional.minimax_alpha` where that is
+            higher (below ``s/d`` of about 0.4 and 0.3): with fewer measurements a fixed threshold blows up.
         num_iterations: Most iterations.
         damping: Weight of the new iterate, in (0, 1]; 1 is plain AMP.
 
@@ -53,8 +54,13 @@ class AMP(Decoder):
 
     @override
     def forward(self, v: Tensor, projection: Projection) -> Recovery:
-        alpha = self.alpha if self.alpha is not None else (1.2 if projection.row_orthogonal else 1.0)
-        return amp(v, projection, alpha, self.num_iterations, damping=self.damping)
+        return amp(v, projection, self._alpha_for(projection), self.num_iterations, damping=self.damping)
+
+    def _alpha_for(self, projection: Projection) -> float:
+        if self.alpha is not None:
+            return self.alpha
+        sampling = projection.num_rows / projection.numel
+        return max(1.2 if projection.row_orthogonal else 1.0, minimax_alpha(sampling))
 
     @override
     def extra_repr(self) -> str:

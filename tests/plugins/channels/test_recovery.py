@@ -21,6 +21,7 @@ from groundwire.plugins.channels import (
     bernoulli_gauss_amp,
     least_squares,
     make_projection,
+    minimax_alpha,
 )
 from helpers.channels import build_from_yaml
 
@@ -199,6 +200,18 @@ def test_amp_guards_against_divergence() -> None:
     assert float(found.residual) == pytest.approx(residual, rel=1e-4)
 
 
+def test_amp_does_not_hand_out_an_estimate_worse_than_zero() -> None:
+    # A threshold too low for the bandwidth, caught before it has grown large: the plain iteration ends far off.
+    projection, x = GaussianProjection(200, 2000, seed=0).double(), sparse(2000, 100, seed=0)
+    v = projection.mv(x)
+    plain = torch.from_numpy(amp_of_the_paper(v.numpy(), dense(projection), 1.2, 25))
+    found = amp(v, projection, 1.2, 25)
+    assert nmse(plain, x) > 4
+    assert found.diverged
+    assert int(found.iterations) == 25
+    assert nmse(found.x, x) <= 1
+
+
 def test_damping_keeps_the_fixed_point_and_slows_the_way() -> None:
     projection, x = GaussianProjection(200, 400, seed=0).double(), sparse(400, 20, seed=1)
     plain, damped = (amp(projection.mv(x), projection, 1.4, 500, tol=1e-10, damping=d) for d in (1.0, 0.7))
@@ -249,6 +262,39 @@ def test_bernoulli_gauss_is_better_where_amp_is_past_its_transition() -> None:
 def test_bernoulli_gauss_refuses_row_orthogonal_matrices() -> None:
     with pytest.raises(ValueError, match=r"unstable with a row-orthogonal projection.*use projection='gaussian'"):
         BernoulliGaussAMP()(torch.ones(5), DCTProjection(5, 10, seed=0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sampling", [0.05, 0.1, 0.2, 0.8])
+def test_default_alpha_holds_at_every_bandwidth(kind: Any, sampling: float) -> None:
+    d = 4000
+    s = int(sampling * d)
+    projection, x = make_projection(kind, s, d, seed=0), sparse(d, s // 12, 0, torch.float32)
+    found = AMP(num_iterations=60)(projection.mv(x), projection)
+    assert not found.diverged
+    assert nmse(found.x, x) < 1e-3
+    if sampling <= 0.1:  # the threshold that serves s/d = 0.5 gives an error above that of sending nothing
+        blown = AMP(alpha=0.9, num_iterations=60)(projection.mv(x), projection)
+        assert blown.diverged
+        assert float(blown.residual) <= 1
+
+
+def test_minimax_alpha_is_where_state_evolution_reaches_furthest() -> None:
+    def transition(alpha: float, delta: float) -> float:
+        leak = 2 * ((1 + alpha**2) * stats.norm.cdf(-alpha) - alpha * stats.norm.pdf(alpha))
+        return float((1 - leak / delta) / (1 + alpha**2 - leak))
+
+    for delta in (0.05, 0.1, 0.3, 0.5, 0.7, 0.9):
+        furthest = optimize.minimize_scalar(
+            lambda a, delta=delta: -transition(a, delta), bounds=(0.05, 4), method="bounded", options={"xatol": 1e-9}
+        )
+        assert minimax_alpha(delta) == pytest.approx(furthest.x, abs=1e-5)
+    # The published transition at s/d = 0.5 is k/s = 0.385 (Donoho and Tanner).
+    assert transition(minimax_alpha(0.5), 0.5) == pytest.approx(0.385, abs=1e-3)
+    assert minimax_alpha(1.0) == pytest.approx(0, abs=1e-6)
+    for sampling in (0.0, 1.1, math.nan):
+        with pytest.raises(ValueError, match=r"must be in \(0, 1\], got"):
+            minimax_alpha(sampling)
 
 
 def test_alpha_follows_the_projection_by_default() -> None:
