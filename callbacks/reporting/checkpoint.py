@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import signal
 import threading
@@ -15,9 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
-
-log = logging.getLogger(__name__)
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 
 class ResumableCheckpoint(Checkpoint):
@@ -54,8 +51,8 @@ class ResumableCheckpoint(Checkpoint):
 
     @property
     def state_key(self) -> str:
-        """Independent of the arguments, which may change at a resume."""
-        return type(self).__qualname__
+        """The same for subclasses and all arguments, which may change at a resume."""
+        return ResumableCheckpoint.__qualname__
 
     def path(self, trainer: Trainer) -> Path:
         """Where the checkpoint of this run is."""
@@ -97,13 +94,13 @@ class ResumableCheckpoint(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """The random generators' states; `on_save_checkpoint` adds the count of logged steps."""
-        name, keys, *rest = np.random.get_state()
+        numpy = np.random.get_state(legacy=False)  # noqa: NPY002  the global generator is what is to be saved
         state: dict[str, Any] = {
             "torch": torch.get_rng_state(),
-            "numpy": [name, keys.tolist(), *rest],  # type: ignore[union-attr]
+            "numpy": numpy | {"state": numpy["state"] | {"key": numpy["state"]["key"].tolist()}},
             "python": random.getstate(),
         }
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_available():
             state["cuda"] = torch.cuda.get_rng_state_all()
         return state
 
@@ -121,7 +118,7 @@ class ResumableCheckpoint(Checkpoint):
             # Lightning counts one step too many when it resumes from a checkpoint taken here.
             trainer.fit_loop.epoch_loop._batches_that_stepped = state["logged_steps"]
             torch.set_rng_state(state["torch"].cpu())
-            np.random.set_state(tuple(state["numpy"]))
+            np.random.set_state(state["numpy"])  # noqa: NPY002
             version, internal, gauss = state["python"]
             random.setstate((version, tuple(internal), gauss))
             if "cuda" in state and torch.cuda.is_available():

@@ -7,10 +7,10 @@ import os
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 
 MetricRow = dict[str, float]
@@ -52,8 +52,7 @@ class MetricsCSV(Logger):
         super().__init__()
         self._save_dir = os.fspath(save_dir) if save_dir is not None else "."
         self.path = Path(self._save_dir) / filename
-        self._columns: list[str] = []
-        self._file: TextIO | None = None
+        self._columns: list[str] | None = None
 
     @property
     def name(self) -> str:
@@ -87,38 +86,27 @@ class MetricsCSV(Logger):
             metrics: Values by name.
             step: Optimizer steps (rounds) before the one that gave these values; 0 where None.
         """
-        row = {"step": 0 if step is None else step} | {
+        step = step or 0
+        row = {"step": step} | {
             key: value.item() if isinstance(value, Tensor) else value for key, value in metrics.items()
         }
-        if self._file is None:
-            self._open(row["step"])
+        if self._columns is None:
+            self._columns = self._continue_from(step)
         new = [key for key in row if key not in self._columns]
         if new:
-            self._rewrite(self._columns + new, self._rows())
-        assert self._file is not None
-        csv.writer(self._file, lineterminator="\n").writerow([_text(row.get(key)) for key in self._columns])
-        self._file.flush()
+            self._columns += new
+            self._rewrite(self._rows())
+        with open(self.path, "a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow([_text(row.get(key)) for key in self._columns])
 
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        """Close the file; a later row opens it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-            self._finalized_at = self.path.stat().st_size
-
-    def _open(self, step: int) -> None:
-        """Continue a file of this or an earlier process, less what it holds at ``step`` and later."""
-        if not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._rewrite([], [])
-            return
+    def _continue_from(self, step: int) -> list[str]:
+        """Drop what the file holds at ``step`` and later; the columns that are left."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = self._rows()
-        if getattr(self, "_finalized_at", None) == self.path.stat().st_size:
-            self._rewrite(self._columns, rows)  # ours, closed between `fit` and `test`: all of it stands
-            return
         kept = [row for row in rows if row.get("step") and int(row["step"]) < step]
-        self._rewrite([key for key in (rows[0] if rows else {}) if any(row[key] for row in kept)], kept)
+        self._columns = [key for key in (rows[0] if rows else {}) if any(row[key] for row in kept)]
+        self._rewrite(kept)
+        return self._columns
 
     def _rows(self) -> list[dict[str, str]]:
         if not self.path.exists():
@@ -127,19 +115,15 @@ class MetricsCSV(Logger):
             rows = list(csv.DictReader(file, restval=""))
         return [row for row in rows if None not in row]
 
-    def _rewrite(self, columns: list[str], rows: list[dict[str, str]]) -> None:
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
         """Replace the file in one move, so that a kill leaves the old or the new one."""
-        if self._file is not None:
-            self._file.close()
         partial = self.path.with_suffix(".partial")
         with open(partial, "w", newline="") as file:
-            writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
-            if columns:
+            writer = csv.DictWriter(file, self._columns or [], restval="", extrasaction="ignore", lineterminator="\n")
+            if self._columns:
                 writer.writeheader()
             writer.writerows(rows)
         os.replace(partial, self.path)
-        self._columns = columns
-        self._file = open(self.path, "a", newline="")  # noqa: SIM115  kept open for the run; `finalize` closes it
 
 
 def _text(value: float | None) -> str:

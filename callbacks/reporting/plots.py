@@ -17,7 +17,7 @@ LABELS = {
     "round": "Round",
     "uplink/bits_cumulative": "Uplink traffic, all devices, cumulative (bits)",
     "uplink/channel_uses_cumulative": "Channel uses, cumulative",
-    "uplink/energy_cumulative": "Transmit energy, all devices, cumulative (noise variances × channel uses)",
+    "uplink/energy_cumulative": "Transmit energy, all devices, cumulative (noise variances x channel uses)",
     "downlink/bits_cumulative": "Downlink traffic, cumulative (bits)",
     "train/loss": "Training loss (nats)",
     "val/loss": "Validation loss (nats)",

@@ -9,14 +9,17 @@ from groundwire.plugins.edge.local import LocalGradient, LocalSGD, LocalWork
 from groundwire.plugins.edge.round import Round
 from groundwire.plugins.edge.scheduler import AllDevices, Scheduler, UniformSample
 from groundwire.plugins.edge.strategy import CheckpointMismatchError, EdgeStrategy, NonFiniteUpdateError
-from groundwire.plugins.edge.uplinks import ErrorFree, Received, Uplink
+from groundwire.plugins.edge.uplinks import ADSGD, CapacityLimited, Digital, ErrorFree, Received, Uplink
 
 __all__ = [
+    "ADSGD",
     "Aggregator",
     "AllDevices",
+    "CapacityLimited",
     "CheckpointMismatchError",
     "Cost",
     "DeviceBatch",
+    "Digital",
     "Downlink",
     "EdgeStrategy",
     "ErrorFree",

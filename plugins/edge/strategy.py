@@ -344,7 +344,7 @@ class EdgeStrategy(SingleDeviceStrategy):
     def _is_logging_step(trainer: pl.Trainer, plan: Round) -> bool:
         """The steps on which loggers record, the first and the last; one call of ``log`` costs more than a round may."""
         return (
-            (trainer.global_step + 1) % max(trainer.log_every_n_steps, 1) == 0
+            (trainer.global_step + 1) % max(trainer.log_every_n_steps, 1) == 0  # type: ignore[attr-defined]
             or plan.index == 0
             or plan.index + 1 == plan.num_rounds
         )

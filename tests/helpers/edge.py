@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import tempfile
 from collections.abc import Callable
@@ -139,14 +140,31 @@ def check_strategy_part(
     check_resume(build, module, losses, on)
 
 
+class Killed(pl.Callback):
+    """Ends the run in the middle of it, one step after the last checkpoint."""
+
+    class Error(Exception):
+        """Not a kind that anything handles."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        if trainer.global_step == self.step:
+            raise self.Error
+
+
 def check_resume(
     build: Callable[[], EdgeStrategy], module: pl.LightningModule, losses: list[float], final: Tensor
 ) -> None:
-    """Stop after two of six rounds (within an epoch of four) and go on in a new Trainer: nothing may differ."""
-    with tempfile.TemporaryDirectory() as folder:
-        for step in (2, 4):  # within an epoch, and at its end
+    """Kill a run of six rounds (four an epoch) between checkpoints and go on in a new Trainer: nothing may differ."""
+    for step in (2, 4):  # a checkpoint within an epoch, and one at its end
+        with tempfile.TemporaryDirectory() as folder:
             saver = ModelCheckpoint(dirpath=folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
-            fit(build(), module, Stateful(loader()), enable_checkpointing=True, callbacks=[saver], steps=step)
+            killed = trainer(build(), steps=6, enable_checkpointing=True, callbacks=[saver, Killed(step + 1)])
+            with contextlib.suppress(Killed.Error):
+                killed.fit(copy.deepcopy(module), Stateful(loader()))
+            assert killed.global_step == step + 1
             fresh, recorded = copy.deepcopy(module), Losses()
             t = trainer(build(), steps=6, callbacks=[recorded])
             t.fit(fresh, Stateful(loader()), ckpt_path=str(Path(folder) / f"step={step}.ckpt"))

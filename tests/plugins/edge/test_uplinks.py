@@ -20,8 +20,8 @@ from groundwire.plugins.edge.uplinks.a_dsgd import demodulate, modulate
 from helpers.uplinks import check_uplink, plan, ready, updates
 
 UPLINKS: dict[str, tuple[Any, dict[str, bool]]] = {
-    "error_free": (ErrorFree, {}),
-    "digital_identity": (lambda: Digital(Identity()), {}),
+    "error_free": (ErrorFree, {"changes": False}),
+    "digital_identity": (lambda: Digital(Identity()), {"changes": False}),
     "digital_topk": (lambda: Digital(TopK(density=0.1)), {}),
     "digital_ef_topk": (lambda: Digital(ErrorFeedback(TopK(density=0.1))), {"stateful": True}),
     "digital_randk": (lambda: Digital(RandK(density=0.2)), {"noisy": True}),
@@ -183,8 +183,9 @@ def test_capacity_decides_how_many_entries_are_sent(
             assert (nonzero == expected).all()
 
 
+@pytest.mark.filterwarnings("ignore:In round")
 def test_d_dsgd_sent_plus_held_is_the_sum_of_updates() -> None:
-    """Telescoping, also over rounds in which nothing can be sent."""
+    """Telescoping, also over rounds in which nothing can be sent (and a warning says so)."""
     uplink = ready(
         lambda: CapacityLimited(DDSGDQuantizer(), error_feedback=True, channel_uses=500, power=StepPower([40, 1, 4000])),
         1000, 4,
@@ -224,7 +225,7 @@ def test_built_from_yaml() -> None:
         decoder: {class_path: groundwire.plugins.channels.AMP, init_args: {num_iterations: 7}}
         bandwidth: 0.3
     """
-    uplink = parser.instantiate_classes(parser.parse_string(config)).uplink
+    uplink = parser.instantiate(parser.parse_string(config)).uplink
     assert isinstance(uplink, ADSGD)
     assert (uplink.channel.noise_var, uplink.bandwidth, uplink.power(19, 20)) == (0.5, 0.3, 300)
     config = """
@@ -235,7 +236,7 @@ def test_built_from_yaml() -> None:
         error_feedback: true
         power: 200
     """
-    uplink = parser.instantiate_classes(parser.parse_string(config)).uplink
+    uplink = parser.instantiate(parser.parse_string(config)).uplink
     assert isinstance(uplink, CapacityLimited)
     assert isinstance(uplink.feedback, ErrorFeedback)
 
@@ -264,3 +265,13 @@ def test_built_from_yaml() -> None:
 def test_bad_input_by_message(build: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ready(build, 100, 3)
+
+
+def test_measured_quality_of_decoding_is_logged() -> None:
+    received = ready(lambda: ADSGD(num_entries=10), 200, 4)(updates(4, 200), plan(4))
+    assert set(received.metrics) == {
+        "uplink/silent",
+        "uplink/nmse",
+        "uplink/decoder_iterations",
+        "uplink/decoder_diverged",
+    }

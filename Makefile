@@ -1,0 +1,56 @@
+# make demo       the main job on the embedded digits: five schemes, three seeds; prints where plot and table are
+# make study      the README's plot, on Fashion-MNIST: an hour or so
+# make test       the tests           make test-slow   the long reproductions as well
+# make lint       ruff and mypy       make clean       remove the environments
+# Each sets up an environment of its own. Needed beforehand: Python 3.11 or later with venv and pip, and make.
+
+PYTHON ?= python3
+DEMO_VENV := .venv
+TEST_VENV := .venv-test
+SOURCES := $(shell find plugins callbacks datamodules recipes src -name '*.py' -o -name '*.yaml' -o -name '*.md')
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo study test test-slow lint clean
+
+demo: $(DEMO_VENV)/.installed
+	$(DEMO_VENV)/bin/groundwire compare error_free a_dsgd d_dsgd signsgd_digital qsgd_digital --config digits \
+	    --seeds 3 --set trainer.max_steps=200 --output runs/compare/demo
+	@echo
+	@cat runs/compare/demo/table.md
+	@echo
+	@echo "plot:  runs/compare/demo/plot.png"
+	@echo "table: runs/compare/demo/table.md"
+
+study: $(DEMO_VENV)/.installed
+	$(DEMO_VENV)/bin/groundwire compare --study docs/studies/five_schemes.yaml --output runs/compare/five_schemes
+	cp runs/compare/five_schemes/plot.png docs/first_light.png
+
+test: $(TEST_VENV)/.installed
+	$(TEST_VENV)/bin/pytest
+
+test-slow: $(TEST_VENV)/.installed
+	$(TEST_VENV)/bin/pytest -m "slow or not slow"
+
+lint: $(TEST_VENV)/.installed
+	$(TEST_VENV)/bin/ruff check
+	$(TEST_VENV)/bin/ruff format --check
+	$(TEST_VENV)/bin/mypy
+
+clean:
+	rm -rf $(DEMO_VENV) $(TEST_VENV)
+
+# torch first and by its exact version, so that an index that holds a CPU build of it is not passed over
+%/.environment: constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --upgrade pip
+	$(@D)/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+$(DEMO_VENV)/.installed: $(DEMO_VENV)/.environment pyproject.toml README.md $(SOURCES)
+	$(DEMO_VENV)/bin/pip install --quiet -c constraints.txt .
+	touch $@
+
+$(TEST_VENV)/.installed: $(TEST_VENV)/.environment pyproject.toml
+	$(TEST_VENV)/bin/pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@

@@ -1,0 +1,220 @@
+"""What could not be sent is remembered and added to what is sent next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from groundwire.plugins.compression.base import Compressor, Message
+from groundwire.plugins.random import Key
+
+
+class ErrorMemory(nn.Module):
+    """Residuals of all devices, keyed by the name of what is compressed; each of shape ``(num_devices, n)``.
+
+    Residuals are allocated on first use, in float32 at least; they move with ``.to()`` and are part of the state dict.
+    A row that is not finite leaves its residual as it is.
+
+    Args:
+        num_devices: Devices that have a residual; may be said later by :meth:`setup`.
+
+    Raises:
+        ValueError: If ``num_devices`` is below 1.
+
+    Example:
+        >>> memory = ErrorMemory(num_devices=2)
+        >>> corrected = memory.correct(torch.ones(1, 3), devices=(1,))
+        >>> memory.keep(0.25 * corrected, devices=(1,))
+        >>> memory.correct(torch.ones(2, 3), devices=(0, 1))
+        tensor([[1.0000, 1.0000, 1.0000],
+                [1.2500, 1.2500, 1.2500]])
+    """
+
+    def __init__(self, num_devices: int | None = None) -> None:
+        super().__init__()
+        self.num_devices: int | None = None
+        self._residuals: dict[str, Tensor] = {}
+        if num_devices is not None:
+            self.setup(num_devices)
+
+    def setup(self, num_devices: int) -> None:
+        """Say how many devices there are.
+
+        Args:
+            num_devices: At least 1.
+
+        Raises:
+            ValueError: If it is below 1.
+            RuntimeError: If residuals of another number of devices exist.
+        """
+        if num_devices < 1:
+            raise ValueError(f"`num_devices` must be at least 1, got {num_devices}.")
+        if self._residuals and num_devices != self.num_devices:
+            raise RuntimeError(
+                f"The error memory holds residuals of {self.num_devices} devices and cannot serve {num_devices}; call "
+                "reset_state() to forget them."
+            )
+        self.num_devices = num_devices
+
+    def correct(self, x: Tensor, devices: Sequence[int], name: str = "update") -> Tensor:
+        """Add the residuals of ``devices`` to the rows of ``x``, shape ``(rows, n)``: what to compress.
+
+        Args:
+            x: Rows, one a device.
+            devices: Their ids.
+            name: What is compressed.
+
+        Returns:
+            A new tensor, of the shape and dtype of ``x`` (float32 at least).
+
+        Raises:
+            RuntimeError: If the memory was not set up, or rows of another length were remembered under ``name``.
+        """
+        residual = self._of(name, x)
+        if self._is_everyone(devices):
+            return x + residual
+        return x + residual[self._rows(devices, x.device)]
+
+    def keep(self, residual: Tensor, devices: Sequence[int], name: str = "update") -> None:
+        """Remember rows ``(rows, n)`` as the residuals of ``devices``; rows that are not finite are not remembered.
+
+        Args:
+            residual: What was not sent.
+            devices: Ids, one a row.
+            name: What is compressed.
+        """
+        memory = self._of(name, residual)
+        finite = torch.isfinite(residual.sum(dim=1))
+        everyone = self._is_everyone(devices)
+        if residual.device.type == "cpu" and everyone and bool(finite.all()):
+            memory.copy_(residual)
+            return
+        rows = self._rows(devices, residual.device)
+        memory[rows] = torch.where(finite.unsqueeze(1), residual.to(memory.dtype), memory[rows])
+
+    def residual(self, name: str = "update") -> Tensor:
+        """The residuals under ``name``, shape ``(num_devices, n)``.
+
+        Args:
+            name: What is compressed.
+
+        Returns:
+            The memory itself.
+
+        Raises:
+            KeyError: If nothing was remembered under that name.
+        """
+        return self._residuals[name]
+
+    def reset_state(self) -> None:
+        """Forget all residuals."""
+        self._residuals.clear()
+
+    def _of(self, name: str, like: Tensor) -> Tensor:
+        if self.num_devices is None:
+            raise RuntimeError("The error memory does not know how many devices there are: call setup(num_devices).")
+        memory = self._residuals.get(name)
+        if memory is None:
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            memory = torch.zeros(self.num_devices, like.shape[1], dtype=dtype, device=like.device)
+            self._residuals[name] = memory
+        if memory.shape[1] != like.shape[1]:
+            raise RuntimeError(
+                f"{name!r}: the residual has {memory.shape[1]} entries, but rows of {like.shape[1]} came; call "
+                "reset_state() if the model changed."
+            )
+        return memory
+
+    def _is_everyone(self, devices: Sequence[int]) -> bool:
+        return len(devices) == self.num_devices and all(i == m for i, m in enumerate(devices))
+
+    @staticmethod
+    def _rows(devices: Sequence[int], device: torch.device) -> Tensor:
+        return torch.tensor(devices, dtype=torch.int64, device=device)
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._residuals = {name: fn(residual) for name, residual in self._residuals.items()}
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+    @override
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"num_devices": self.num_devices, "residuals": dict(self._residuals)}
+
+    @override
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        if self.num_devices is not None and state["num_devices"] not in (None, self.num_devices):
+            raise RuntimeError(
+                f"The saved error memory is of {state['num_devices']} devices, this one of {self.num_devices}: resume "
+                "with the same number of devices, or call reset_state() and start anew."
+            )
+        self.num_devices = state["num_devices"] if self.num_devices is None else self.num_devices
+        self._residuals = {name: residual.clone() for name, residual in state["residuals"].items()}
+
+
+class ErrorFeedback(nn.Module):
+    """Error feedback around a compressor: ``e = x + residual``, send ``C(e)``, keep ``e - C(e)``.
+
+    Args:
+        compressor: What compresses; usually a contractive one.
+        num_devices: Devices that have a residual; may be said later by :meth:`setup`.
+
+    Reference:
+        Seide et al., "1-Bit Stochastic Gradient Descent", Interspeech 2014; Karimireddy et al., "Error Feedback Fixes
+        SignSGD and other Gradient Compression Schemes", ICML 2019. arXiv:1901.09847
+
+    Example:
+        >>> from groundwire.plugins.compression import TopK
+        >>> feedback, key = ErrorFeedback(TopK(k=1), num_devices=1), Key(seed=0)
+        >>> feedback(torch.tensor([[3.0, 2.0]]), key).values
+        tensor([[3., 0.]])
+        >>> feedback(torch.tensor([[0.0, 0.0]]), key).values
+        tensor([[0., 2.]])
+    """
+
+    def __init__(self, compressor: Compressor, num_devices: int | None = None) -> None:
+        super().__init__()
+        self.compressor = compressor
+        self.memory = ErrorMemory(num_devices)
+
+    def setup(self, num_devices: int) -> None:
+        """Say how many devices there are, at least 1."""
+        self.memory.setup(num_devices)
+
+    @override
+    def forward(self, x: Tensor, key: Key, *, name: str = "update", compressor: Compressor | None = None) -> Message:
+        """Send what the compressor makes of the rows plus their residuals.
+
+        Args:
+            x: Rows, shape ``(rows, n)``; the row of device ``key.devices[i]`` is row ``i``.
+            key: Names the devices and the random draws.
+            name: What is compressed; each name has residuals of its own.
+            compressor: Another resolution of the compressor, for this round.
+
+        Returns:
+            What the receiver holds, in the dtype of ``x``.
+        """
+        corrected = self.memory.correct(x, key.devices, name)
+        message = (compressor or self.compressor).roundtrip(corrected, key)
+        self.memory.keep(corrected - message.values, key.devices, name)
+        if message.values.dtype == x.dtype:
+            return message
+        return Message(values=message.values.to(x.dtype), bits_wire=message.bits_wire, bits_ideal=message.bits_ideal)
+
+    def hold(self, x: Tensor, key: Key, *, name: str = "update") -> Message:
+        """A round in which nothing can be sent: all of ``x`` goes into the memory, and the receiver holds zeros.
+
+        Args:
+            x: Rows, shape ``(rows, n)``.
+            key: Names the devices.
+            name: What is compressed.
+
+        Returns:
+            Zeros, at no cost.
+        """
+        self.memory.keep(self.memory.correct(x, key.devices, name), key.devices, name)
+        return Message(values=torch.zeros_like(x), bits_wire=0, bits_ideal=0.0)

@@ -1,0 +1,151 @@
+"""QSGD: stochastic rounding to a few levels of the norm."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from groundwire.plugins.compression.base import Message, Payload, check_rows, log2_binomial
+from groundwire.plugins.compression.functional import mask_to_indices, quantize_stochastically, topk_mask
+from groundwire.plugins.compression.packing import (
+    pack_integers,
+    pack_support,
+    packed_bytes,
+    support_bytes,
+    unpack_integers,
+    unpack_support,
+    width_of,
+)
+from groundwire.plugins.compression.sparse import EntryLimited
+from groundwire.plugins.random import Key
+
+
+class QSGD(EntryLimited):
+    """Rounds ``|x| / |x|_2`` stochastically to multiples of ``1 / num_levels``; unbiased if all entries are sent.
+
+    A code is a sign and a level in ``[0, num_levels]``, in ``1 + ceil(log2(num_levels + 1))`` bits; each bucket sends
+    its norm as a float32. With ``num_entries``, only the entries of largest magnitude are sent, and the norm is
+    theirs; the paper that compares it with A-DSGD counts ``32 + log2 C(d, q) + (1 + log2 num_levels) q`` bits then,
+    which leaves the top level without a code: :meth:`entry_bits` follows it, the wire does not.
+
+    Args:
+        num_levels: Levels above zero, at least 1.
+        bucket_size: Entries that share a norm; None for the whole row. Not with ``num_entries``.
+        num_entries: Entries sent; None for all.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Reference:
+        Alistarh et al., "QSGD: Communication-Efficient SGD via Gradient Quantization and Encoding", NeurIPS 2017.
+        arXiv:1610.02132
+
+    Example:
+        >>> QSGD(num_levels=1).roundtrip(torch.tensor([[0.0, -2.0, 0.0]]), Key(seed=0)).values
+        tensor([[ 0., -2.,  0.]])
+    """
+
+    def __init__(self, num_levels: int, bucket_size: int | None = None, num_entries: int | None = None) -> None:
+        super().__init__(num_entries)
+        if num_levels < 1:
+            raise ValueError(f"`num_levels` must be at least 1, got {num_levels}.")
+        if bucket_size is not None and bucket_size < 1:
+            raise ValueError(f"`bucket_size` must be at least 1, got {bucket_size}.")
+        if bucket_size is not None and num_entries is not None:
+            raise ValueError(f"Give either `bucket_size` or `num_entries`, got {bucket_size=}, {num_entries=}.")
+        self.num_levels = num_levels
+        self.bucket_size = bucket_size
+
+    @property
+    def unbiased(self) -> bool:  # type: ignore[override]
+        """Whether all entries are sent."""
+        return self.num_entries is None
+
+    @override
+    def entry_bits(self, numel: int, num_entries: int) -> float:
+        if self.num_entries is None and num_entries == numel:
+            return 32 * self._buckets(numel) + numel * math.log2(2 * self.num_levels + 1)
+        return 32 + log2_binomial(numel, num_entries) + (1 + math.log2(self.num_levels)) * num_entries
+
+    def _buckets(self, numel: int) -> int:
+        return 1 if self.bucket_size is None else -(-numel // self.bucket_size)
+
+    @property
+    def _width(self) -> int:
+        return 1 + width_of(self.num_levels)
+
+    def _quantize(self, x: Tensor, key: Key) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Signed levels ``(rows, q)``, norms ``(rows, buckets)``, and the positions ``(rows, q)`` if not all are sent."""
+        check_rows(x, key)
+        d, q = x.shape[1], self._entries(x.shape[1])
+        indices = mask_to_indices(topk_mask(x, q)) if q < d else None
+        chosen = (x if indices is None else x.gather(1, indices)).to(torch.promote_types(x.dtype, torch.float32))
+        uniform = key.rows(
+            "qsgd", lambda g: torch.rand(q, generator=g, dtype=chosen.dtype, device=x.device), on=x.device
+        )
+        size = self.bucket_size or q
+        pad = -q % size
+        buckets = torch.nn.functional.pad(chosen, (0, pad)).unflatten(1, (-1, size)) if q else chosen.unsqueeze(1)
+        norm = torch.linalg.vector_norm(buckets, dim=2).float()
+        spread = norm.to(chosen.dtype).repeat_interleave(size, dim=1)[:, :q]
+        level = quantize_stochastically(chosen, spread, self.num_levels, uniform)
+        return torch.where(chosen < 0, -level, level), norm, indices
+
+    def _dequantize(self, level: Tensor, norm: Tensor, indices: Tensor | None, like: Tensor, numel: int) -> Tensor:
+        spread = norm.to(level.dtype).repeat_interleave(self.bucket_size or max(level.shape[1], 1), dim=1)
+        values = (level * (spread[:, : level.shape[1]] / self.num_levels)).to(like.dtype)
+        if indices is None:
+            return values
+        return values.new_zeros(values.shape[0], numel).scatter_(1, indices, values)
+
+    @override
+    def encode(self, x: Tensor, key: Key) -> Payload:
+        level, norm, indices = self._quantize(x, key)
+        codes = 2 * level.abs().to(torch.int64) + (level < 0)
+        parts = {"codes": pack_integers(codes, self._width), "norm": norm}
+        if indices is not None:
+            parts["support"] = pack_support(indices, x.shape[1])
+        return Payload(
+            parts=parts,
+            numel=x.shape[1],
+            dtype_like=x.new_empty(0),
+            bits_ideal=x.shape[0] * self.entry_bits(x.shape[1], level.shape[1]),
+            meta={"q": level.shape[1]},
+        )
+
+    @override
+    def decode(self, payload: Payload) -> Tensor:
+        q = payload.meta["q"]
+        assert isinstance(q, int)
+        codes = unpack_integers(payload.parts["codes"], self._width, q)
+        wide = torch.promote_types(payload.dtype_like.dtype, torch.float32)
+        level = torch.where(codes % 2 == 1, -(codes // 2), codes // 2).to(wide)
+        support = payload.parts.get("support")
+        indices = None if support is None else unpack_support(support, payload.numel, q)
+        return self._dequantize(level, payload.parts["norm"], indices, payload.dtype_like, payload.numel)
+
+    @override
+    def roundtrip(self, x: Tensor, key: Key) -> Message:
+        level, norm, indices = self._quantize(x, key)
+        rows, q = level.shape
+        size = packed_bytes(q, self._width) + 4 * norm.shape[1]
+        size += 0 if indices is None else support_bytes(x.shape[1], q)
+        return Message(
+            values=self._dequantize(level, norm, indices, x, x.shape[1]),
+            bits_wire=8 * rows * size,
+            bits_ideal=rows * self.entry_bits(x.shape[1], q),
+        )
+
+    @override
+    def omega(self, numel: int) -> float | None:
+        if self.num_entries is not None:
+            return None
+        n = min(self.bucket_size or numel, numel)
+        return min(n / self.num_levels**2, math.sqrt(n) / self.num_levels)
+
+    @override
+    def extra_repr(self) -> str:
+        return f"num_levels={self.num_levels}, bucket_size={self.bucket_size}, num_entries={self.num_entries}"

@@ -1,0 +1,102 @@
+"""SignSGD: one bit an entry."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from groundwire.plugins.compression.base import Message, Payload, check_rows, log2_binomial
+from groundwire.plugins.compression.functional import mask_to_indices, topk_mask
+from groundwire.plugins.compression.packing import (
+    pack_integers,
+    pack_support,
+    packed_bytes,
+    support_bytes,
+    unpack_integers,
+    unpack_support,
+)
+from groundwire.plugins.compression.sparse import EntryLimited
+from groundwire.plugins.random import Key
+
+
+class SignSGD(EntryLimited):
+    """Sends the signs of all entries, or of the ``num_entries`` of largest magnitude; zero counts as positive.
+
+    The server's majority vote is :class:`groundwire.plugins.edge.MajorityVote`; their mean, as in the comparison with
+    A-DSGD, is the default aggregator.
+
+    Args:
+        num_entries: Entries whose signs are sent; None for all.
+        scaled: Send one magnitude a row, too, the mean of ``|x|`` over the entries sent: then it is contractive.
+
+    Raises:
+        ValueError: If ``num_entries`` is below 1.
+
+    Reference:
+        Bernstein et al., "signSGD: Compressed Optimisation for Non-Convex Problems", ICML 2018. arXiv:1802.04434
+
+    Example:
+        >>> SignSGD().roundtrip(torch.tensor([[0.5, -2.0, 0.0]]), Key(seed=0)).values
+        tensor([[ 1., -1.,  1.]])
+    """
+
+    def __init__(self, num_entries: int | None = None, scaled: bool = False) -> None:
+        super().__init__(num_entries)
+        self.scaled = scaled
+
+    @override
+    def entry_bits(self, numel: int, num_entries: int) -> float:
+        return log2_binomial(numel, num_entries) + num_entries + 32 * self.scaled
+
+    @override
+    def encode(self, x: Tensor, key: Key) -> Payload:
+        check_rows(x, key)
+        d, q = x.shape[1], self._entries(x.shape[1])
+        parts = {}
+        if q < d:
+            indices = mask_to_indices(topk_mask(x, q))
+            parts["support"] = pack_support(indices, d)
+            chosen = x.gather(1, indices)
+        else:
+            chosen = x
+        parts["signs"] = pack_integers((chosen >= 0).to(torch.uint8), 1)
+        if self.scaled:
+            parts["scale"] = chosen.abs().float().mean(dim=1, keepdim=True)
+        ideal = x.shape[0] * self.entry_bits(d, q)
+        return Payload(parts=parts, numel=d, dtype_like=x.new_empty(0), bits_ideal=ideal, meta={"q": q})
+
+    @override
+    def decode(self, payload: Payload) -> Tensor:
+        q = payload.meta["q"]
+        assert isinstance(q, int)
+        signs = (2 * unpack_integers(payload.parts["signs"], 1, q) - 1).to(payload.dtype_like.dtype)
+        if self.scaled:
+            signs = (signs * payload.parts["scale"]).to(payload.dtype_like.dtype)
+        if q == payload.numel:
+            return signs
+        indices = unpack_support(payload.parts["support"], payload.numel, q)
+        return signs.new_zeros(signs.shape[0], payload.numel).scatter_(1, indices, signs)
+
+    @override
+    def roundtrip(self, x: Tensor, key: Key) -> Message:
+        check_rows(x, key)
+        d, q = x.shape[1], self._entries(x.shape[1])
+        values = torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+        mask = topk_mask(x, q) if q < d else None
+        if self.scaled:
+            chosen = x if mask is None else x.gather(1, mask_to_indices(mask))
+            values = (values * chosen.abs().float().mean(dim=1, keepdim=True)).to(x.dtype)
+        if mask is not None:
+            values = torch.where(mask, values, 0)
+        size = packed_bytes(q, 1) + (support_bytes(d, q) if q < d else 0) + 4 * self.scaled
+        rows = x.shape[0]
+        return Message(values=values, bits_wire=8 * rows * size, bits_ideal=rows * self.entry_bits(d, q))
+
+    @override
+    def alpha(self, numel: int) -> float | None:
+        return 1 / numel if self.scaled else None
+
+    @override
+    def extra_repr(self) -> str:
+        return f"num_entries={self.num_entries}, scaled={self.scaled}"

@@ -1,0 +1,78 @@
+"""Top-k sparsification."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from groundwire.plugins.compression.base import Compressor, Message, Payload, check_rows, log2_binomial
+from groundwire.plugins.compression.functional import mask_to_indices, topk_mask
+from groundwire.plugins.compression.packing import pack_support, support_bytes, unpack_support
+from groundwire.plugins.compression.support import check_kept, kept
+from groundwire.plugins.random import Key
+
+
+class TopK(Compressor):
+    """Keeps, in every row, the ``k`` entries of largest magnitude; ties go to the lowest index.
+
+    Positions travel in the cheapest of three exact formats, values in the dtype of the rows. NaN counts as largest.
+
+    Args:
+        density: Share of the entries kept, ``k / d``, in (0, 1]; at least one entry is kept.
+        k: Entries kept, instead of ``density``; at most all of them.
+
+    Raises:
+        ValueError: If not exactly one is given, or it is out of range.
+
+    Reference:
+        Stich et al., "Sparsified SGD with Memory", NeurIPS 2018. arXiv:1809.07599
+
+    Example:
+        >>> key = Key(seed=0)
+        >>> TopK(k=1).roundtrip(torch.tensor([[3.0, -5.0, 1.0]]), key).values
+        tensor([[ 0., -5.,  0.]])
+    """
+
+    def __init__(self, density: float | None = None, k: int | None = None) -> None:
+        super().__init__()
+        check_kept(density, k)
+        self.density = density
+        self.k = k
+
+    @override
+    def encode(self, x: Tensor, key: Key) -> Payload:
+        check_rows(x, key)
+        k = kept(x.shape[1], self.density, self.k)
+        indices = mask_to_indices(topk_mask(x, k))
+        parts = {"values": x.gather(1, indices), "support": pack_support(indices, x.shape[1])}
+        return Payload(
+            parts=parts, numel=x.shape[1], dtype_like=x.new_empty(0), bits_ideal=self._ideal(x, k), meta={"k": k}
+        )
+
+    @override
+    def decode(self, payload: Payload) -> Tensor:
+        values = payload.parts["values"]
+        indices = unpack_support(payload.parts["support"], payload.numel, values.shape[1])
+        return values.new_zeros(values.shape[0], payload.numel).scatter_(1, indices, values)
+
+    @override
+    def roundtrip(self, x: Tensor, key: Key) -> Message:
+        check_rows(x, key)
+        k = kept(x.shape[1], self.density, self.k)
+        bits = 8 * x.shape[0] * (k * x.element_size() + support_bytes(x.shape[1], k))
+        return Message(
+            values=torch.where(topk_mask(x, k), x, 0), bits_wire=bits, bits_ideal=min(bits, self._ideal(x, k))
+        )
+
+    @staticmethod
+    def _ideal(x: Tensor, k: int) -> float:
+        return x.shape[0] * (8 * k * x.element_size() + log2_binomial(x.shape[1], k))
+
+    @override
+    def alpha(self, numel: int) -> float:
+        return kept(numel, self.density, self.k) / numel
+
+    @override
+    def extra_repr(self) -> str:
+        return f"density={self.density}" if self.k is None else f"k={self.k}"

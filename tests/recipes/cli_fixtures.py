@@ -1,0 +1,73 @@
+"""A folder with a tiny recipe in it, and the command ``groundwire`` in this or in another process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from groundwire.cli import main
+
+TINY = """\
+# A tiny recipe.
+# Run: groundwire fit --config tiny.yaml
+seed_everything: 1
+trainer:
+  max_steps: 10
+  accelerator: cpu
+  log_every_n_steps: 1
+  num_sanity_val_steps: 0
+  enable_model_summary: false
+  callbacks:
+    - {class_path: groundwire.callbacks.reporting.RoundProgressBar}
+    - {class_path: groundwire.callbacks.reporting.ResumableCheckpoint, init_args: {every_n_steps: 3}}
+  logger:
+    - {class_path: groundwire.callbacks.reporting.MetricsCSV}
+model: {class_path: tiny_parts.Net}
+data: {class_path: tiny_parts.Data}
+"""
+WANDB = "    - {class_path: lightning.pytorch.loggers.WandbLogger, init_args: {project: groundwire, offline: true}}\n"
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seeded: Callable[[int], None]) -> Path:
+    """The current folder, with ``tiny.yaml`` and ``tracked.yaml`` (the same with W&B), where the parts import."""
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    (tmp_path / "tracked.yaml").write_text(TINY.replace("model:", WANDB + "model:", 1))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    return tmp_path
+
+
+@pytest.fixture
+def groundwire(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command in this process: exit status, standard output, standard error."""
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = main([str(word) for word in argv])
+        output = capsys.readouterr()
+        return status, output.out, output.err
+
+    return run
+
+
+def start(*argv: object, **kwargs: Any) -> subprocess.Popen[str]:
+    """Start the command in a process of its own."""
+    command = [sys.executable, "-m", "groundwire.cli", *(str(word) for word in argv)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ, **kwargs
+    )
+
+
+def only_run(folder: Path) -> Path:
+    """The one run folder below."""
+    (run,) = (path.parent for path in folder.rglob("run.json"))
+    return run
