@@ -15,6 +15,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
+
+_SUMS = ("value", "cumulated_batch_size")  # of a metric that is reduced over the epoch
 
 
 class ResumableCheckpoint(Checkpoint):
@@ -23,7 +26,9 @@ class ResumableCheckpoint(Checkpoint):
     Lightning's ModelCheckpoint saves inside a step, before the step's metrics are logged and before the validation that
     follows it; a run killed there and resumed lacks those rows. This callback saves between two steps: all that belongs
     to the steps before has happened, nothing of the next one has, not even the fetch of its batch. The states of the
-    global random generators (torch, NumPy, Python) travel along. Files are replaced in one move.
+    global random generators (torch, NumPy, Python) travel along, and the running means of what ``training_step`` logs
+    per epoch. The train loader has to be resumable (``state_dict``, ``load_state_dict``) for checkpoints within an
+    epoch; those of ``groundwire.datamodules`` are. Files are replaced in one move.
 
     The first Ctrl-C waits for the end of the running step, saves, and then stops the fit; a second one stops at once
     and leaves the last regular checkpoint. After an exception nothing is saved: the step may be half done.
@@ -47,6 +52,7 @@ class ResumableCheckpoint(Checkpoint):
         self.interrupted = False
         self._saved_step = -1
         self._restored: dict[str, Any] | None = None
+        self._running: dict[str, dict[str, Tensor]] = {}
         self._old_handler: Any = None
 
     @property
@@ -76,6 +82,20 @@ class ResumableCheckpoint(Checkpoint):
 
         loop._on_before_fetch = between_steps  # type: ignore[method-assign]
 
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Put what the epoch had summed up before the checkpoint in front of what it sums up now."""
+        results = trainer.fit_loop.epoch_loop._results
+        for name in self._running.keys() & results.keys():
+            result, before = results[name], self._running.pop(name)
+            extreme = result.meta.is_max_reduction or result.meta.is_min_reduction
+            for key, value in before.items():
+                now = getattr(result, key)
+                setattr(result, key, result.meta.reduce_fx(value, now) if extreme else value.to(now.device) + now)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What was not logged again by now belongs to an epoch that is over."""
+        self._running.clear()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the final state."""
         if trainer.global_step != self._saved_step:
@@ -93,7 +113,7 @@ class ResumableCheckpoint(Checkpoint):
         self._detach(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The random generators' states; `on_save_checkpoint` adds the count of logged steps."""
+        """The random generators' states; `on_save_checkpoint` adds the rest."""
         numpy = np.random.get_state(legacy=False)  # noqa: NPY002  the global generator is what is to be saved
         state: dict[str, Any] = {
             "torch": torch.get_rng_state(),
@@ -105,8 +125,16 @@ class ResumableCheckpoint(Checkpoint):
         return state
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the step under which the loggers see the next row."""
-        checkpoint["callbacks"][self.state_key]["logged_steps"] = trainer.fit_loop.epoch_loop._batches_that_stepped
+        """Add what Lightning counts and does not save: logged steps, and sums of this epoch's metrics."""
+        loop = trainer.fit_loop.epoch_loop
+        checkpoint["callbacks"][self.state_key] |= {
+            "logged_steps": loop._batches_that_stepped,
+            "running": {
+                name: {key: getattr(result, key) for key in _SUMS if hasattr(result, key)}
+                for name, result in loop._results.items()
+                if result.is_tensor and result.meta.on_epoch
+            },
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what is to be restored before the first step."""
@@ -117,6 +145,7 @@ class ResumableCheckpoint(Checkpoint):
             state, self._restored = self._restored, None
             # Lightning counts one step too many when it resumes from a checkpoint taken here.
             trainer.fit_loop.epoch_loop._batches_that_stepped = state["logged_steps"]
+            self._running = dict(state["running"])
             torch.set_rng_state(state["torch"].cpu())
             np.random.set_state(state["numpy"])  # noqa: NPY002
             version, internal, gauss = state["python"]

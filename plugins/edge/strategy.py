@@ -172,6 +172,7 @@ class EdgeStrategy(SingleDeviceStrategy):
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         super().setup(trainer)
+        to_restore, self._to_restore = self._to_restore, None
         if trainer.state.fn != TrainerFn.FITTING:
             return
         module = self.lightning_module
@@ -179,15 +180,14 @@ class EdgeStrategy(SingleDeviceStrategy):
         self._refuse_what_does_not_fit(trainer, module)
         self.layout = ParameterLayout.of(module)
         self._root_seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
-        if self._to_restore is not None and self.seed is None:
-            self._root_seed = self._to_restore["seed"]
+        if to_restore is not None and self.seed is None:
+            self._root_seed = to_restore["seed"]
         self.uplink.setup(numel=self.layout.numel, num_devices=self.num_devices, seed=self._root_seed)
         self.downlink.setup(numel=self.layout.numel, num_devices=self.num_devices)
         self.parts.to(self.root_device)
         self._worker = DeviceWorker(module, self.layout, self.local, self.vectorize)
-        if self._to_restore is not None:
-            self._restore(self._to_restore)
-            self._to_restore = None
+        if to_restore is not None:
+            self._restore(to_restore)
 
     def _refuse_what_does_not_fit(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         name = type(module).__name__

@@ -242,7 +242,8 @@ class DeviceWorker:
     def _vectorized(
         self, batch: DeviceBatch, args: Sequence[Any], received: Tensor | None, recorder: _Logged, round: Round
     ) -> DeviceUpdates:
-        model = self._own_parameters() if received is None else self.layout.unflatten(received)
+        own = self._own_parameters()
+        model = own if received is None else self.layout.unflatten(received)
         structure: dict[str, Any] = {}
 
         def loss_of_one(params: Params, leaves: list[Tensor]) -> tuple[Tensor, tuple[dict[str, Tensor], list[Tensor]]]:
@@ -364,7 +365,14 @@ class DeviceWorker:
         return updates
 
     def _own_parameters(self) -> Params:
-        return {name: p.detach() for name, p in self._pl_module.named_parameters() if p.requires_grad}
+        own = {name: p.detach() for name, p in self._pl_module.named_parameters() if p.requires_grad}
+        if tuple(own) != self.layout.names:
+            changed = sorted(set(own) ^ set(self.layout.names))
+            raise MisconfigurationException(
+                f"{', '.join(changed)} changed `requires_grad` after EdgeStrategy was set up; what devices send is laid "
+                "out once. Freeze and unfreeze before `fit`, in separate runs."
+            )
+        return own
 
 
 class _BufferAverage:

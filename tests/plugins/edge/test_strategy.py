@@ -515,3 +515,27 @@ def test_round_plan_is_told_the_number_of_rounds() -> None:
 
     fit(EdgeStrategy(num_devices=4, downlink=Spy()), steps=3)
     assert told == [(0, 3), (1, 3), (2, 3)]
+
+
+def test_unfreezing_during_the_run_is_refused() -> None:
+    class Thaws(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+            module.network[0].weight.requires_grad_(True)
+
+    network = mlp()
+    network[0].weight.requires_grad_(False)
+    with pytest.raises(MisconfigurationException, match=r"network.0.weight changed `requires_grad`"):
+        fit(EdgeStrategy(num_devices=2), Classifier(network), callbacks=[Thaws()])
+
+
+def test_testing_from_a_checkpoint_does_not_leak_into_the_next_fit(tmp_path: Any) -> None:
+    class Tested(Classifier):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("test/loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    saver = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=2, filename="two")
+    fit(EdgeStrategy(num_devices=4), Tested(mlp()), enable_checkpointing=True, callbacks=[saver], steps=2)
+    t = trainer(EdgeStrategy(num_devices=4), steps=3)
+    t.test(Tested(mlp()), loader(), ckpt_path=str(tmp_path / "two.ckpt"), verbose=False)
+    t.fit(Tested(mlp()), loader())
+    assert t.strategy.round_index == 3
