@@ -201,7 +201,9 @@ def main() -> None:
         for variant in variants:
             median = {key: statistics.median(run[key] for run in runs[variant]) for key in runs[variant][0]}
             # the ratio of paired runs, so that a drift of the machine's speed cancels
-            ratio = statistics.median(e["cpu_ms"] / o["cpu_ms"] for e, o in zip(runs["edge"], runs[variant], strict=True))
+            ratio = statistics.median(
+                e["cpu_ms"] / o["cpu_ms"] for e, o in zip(runs["edge"], runs[variant], strict=True)
+            )
             rows.append({"case": name, "variant": variant} | median | {"edge_cpu_over_this": ratio})
             row = rows[-1]
             print(

@@ -122,6 +122,8 @@ class ErrorMemory(nn.Module):
             dtype = torch.promote_types(like.dtype, torch.float32)
             memory = torch.zeros(self.num_devices, like.shape[1], dtype=dtype, device=like.device)
             self._residuals[name] = memory
+        if memory.device != like.device:  # restored from a checkpoint, which is read on the CPU
+            memory = self._residuals[name] = memory.to(like.device)
         if memory.shape[1] != like.shape[1]:
             raise RuntimeError(
                 f"{name!r}: the residual has {memory.shape[1]} entries, but rows of {like.shape[1]} came; call "

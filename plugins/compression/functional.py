@@ -30,7 +30,7 @@ def topk_mask(x: Tensor, k: int) -> Tensor:
         raise ValueError(f"`k` must be >= 0, got {k}.")
     d = x.shape[-1]
     if k == 0 or k >= d:
-        return torch.full(x.shape, k >= d and d > 0, dtype=torch.bool, device=x.device)
+        return torch.full(x.shape, k >= d > 0, dtype=torch.bool, device=x.device)
     size = torch.nan_to_num(x.abs(), nan=torch.inf, posinf=torch.inf)
     if size.device.type == "cpu" and size.dtype in (torch.float32, torch.float64):
         ordered = np.partition(size.numpy(), d - k, axis=-1)[:, d - k, None]  # 1.5 times as fast as torch.topk

@@ -69,7 +69,7 @@ def unpack_integers(packed: Tensor, width: int, count: int) -> Tensor:
     bits = np.unpackbits(packed.cpu().numpy(), axis=1, count=count * width, bitorder="little")
     if width == 1:
         return torch.from_numpy(bits.astype(np.int64)).to(packed.device)
-    weights = (np.int64(1) << np.arange(width, dtype=np.int64))
+    weights = np.int64(1) << np.arange(width, dtype=np.int64)
     values = bits.reshape(bits.shape[0], count, width).astype(np.int64) @ weights
     return torch.from_numpy(values).to(packed.device)
 

@@ -88,7 +88,7 @@ class QSGD(EntryLimited):
         )
         size = self.bucket_size or q
         pad = -q % size
-        buckets = torch.nn.functional.pad(chosen, (0, pad)).unflatten(1, (-1, size)) if q else chosen.unsqueeze(1)
+        buckets = torch.nn.functional.pad(chosen, (0, pad)).reshape(len(x), -1, size)
         norm = torch.linalg.vector_norm(buckets, dim=2).float()
         spread = norm.to(chosen.dtype).repeat_interleave(size, dim=1)[:, :q]
         level = quantize_stochastically(chosen, spread, self.num_levels, uniform)
