@@ -1,6 +1,6 @@
 """Real data, split over devices."""
 
-from groundwire.datamodules.base import ResumableLoader, TensorClassification, TensorLoader
+from groundwire.datamodules.base import ResumableDataModule, ResumableLoader, TensorClassification, TensorLoader
 from groundwire.datamodules.digits import Digits
 from groundwire.datamodules.fashion_mnist import DatasetMissingError, FashionMNIST
 from groundwire.datamodules.federated import Federated, RoundLoader
@@ -14,6 +14,7 @@ __all__ = [
     "Federated",
     "Partition",
     "PartitionError",
+    "ResumableDataModule",
     "ResumableLoader",
     "RoundLoader",
     "TensorClassification",

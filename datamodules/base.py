@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any, Generic, Self, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
@@ -27,16 +29,15 @@ def root_seed(seed: int | None) -> int:
 class ResumableLoader(ABC, Generic[Batch]):
     """A loader whose batch depends only on the epoch and its number in it, so that a resumed run sees the same ones.
 
-    Lightning says which epoch it is through ``sampler.set_epoch``, and restores ``state_dict`` within an epoch.
+    It counts its epochs itself, one for each iteration begun: what Lightning tells a sampler after a resume counts an
+    epoch twice if the checkpoint was written in its last step.
     """
 
-    batch_sampler = None
-    """Lightning reads it of whatever has a ``sampler``."""
-
     def __init__(self) -> None:
-        self.epoch = 0
-        self._start = 0
-        self._next = 0
+        self.epoch = -1  # the last one begun
+        self.position = 0  # batches of it that were given out
+        self.limit: Callable[[], float] = lambda: math.inf  # batches of an epoch that are used
+        self._resumes = False
 
     @abstractmethod
     def __len__(self) -> int:
@@ -47,27 +48,65 @@ class ResumableLoader(ABC, Generic[Batch]):
         """Batch ``index`` of ``epoch``, both from 0."""
 
     def __iter__(self) -> Iterator[Batch]:
-        start, self._start = self._start, 0
-        for index in range(start, len(self)):
-            self._next = index + 1
+        if not self._resumes:
+            self.epoch, self.position = self.epoch + 1, 0
+        self._resumes = False
+        for index in range(self.position, len(self)):
+            self.position = index + 1
             yield self.batch(self.epoch, index)
 
-    @property
-    def sampler(self) -> Self:
-        """Itself: where Lightning looks for ``set_epoch``."""
-        return self
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and how far it has come."""
+        over = self.position >= self.limit()
+        return {"epoch": self.epoch, "position": len(self) if over else self.position}
 
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iteration is."""
-        self.epoch = epoch
-
-    def state_dict(self) -> dict[str, Any]:
-        """How far the epoch has come."""
-        return {"position": self._next}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, int]) -> None:
         """Let the next iteration go on from where another loader stopped."""
-        self._start = state["position"]
+        self.epoch, self.position = state["epoch"], state["position"]
+        self._resumes = 0 < self.position < len(self)
+
+
+class ResumableDataModule(pl.LightningDataModule):
+    """A datamodule whose training data goes on where a checkpoint says, within an epoch or at its end.
+
+    Subclasses write :meth:`make_train_loader`, and call ``super()`` where they extend the methods here.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loader: ResumableLoader[Any] | None = None
+        self._progress: dict[str, int] | None = None
+
+    @abstractmethod
+    def make_train_loader(self) -> ResumableLoader[Any]:
+        """A fresh loader of the training data."""
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        self._loader = self._progress = None  # a new run begins, unless a checkpoint is loaded now
+
+    @override
+    def train_dataloader(self) -> ResumableLoader[Any]:
+        loader = self.make_train_loader()
+        loader.limit = self._used_batches
+        progress = self._progress if self._loader is None else self._loader.state_dict()
+        if progress is not None:
+            loader.load_state_dict(progress)
+        self._loader = loader
+        return loader
+
+    def _used_batches(self) -> float:
+        return self.trainer.num_training_batches if self.trainer is not None else math.inf
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"progress": self._loader.state_dict() if self._loader is not None else self._progress}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._progress = state_dict["progress"]
+        if self._loader is not None and self._progress is not None:
+            self._loader.load_state_dict(self._progress)
 
 
 class TensorLoader(ResumableLoader[Split]):
@@ -75,39 +114,57 @@ class TensorLoader(ResumableLoader[Split]):
 
     Args:
         split: Inputs and labels.
-        batch_size: Samples a batch.
+        batch_size: Samples a batch and process.
         shuffle: Draw a new order every epoch; it depends on the seed and the epoch alone.
         seed: Root seed of the order.
         drop_last: Leave out a last batch that is smaller.
+        rank: Number of this process: it takes every ``num_ranks``-th sample of the order.
+        num_ranks: Processes that share the data. With ``shuffle``, all get equally many samples.
 
     Raises:
         ValueError: If ``batch_size`` is below 1, or above the number of samples with ``drop_last``.
     """
 
     def __init__(
-        self, split: Split, batch_size: int, *, shuffle: bool = False, seed: int = 0, drop_last: bool = False
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        drop_last: bool = False,
+        rank: int = 0,
+        num_ranks: int = 1,
     ) -> None:
         super().__init__()
         samples = len(split[0])
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-        if drop_last and batch_size > samples:
-            raise ValueError(f"`batch_size` is {batch_size}, but there are only {samples} samples.")
+        if drop_last and batch_size * num_ranks > samples:
+            raise ValueError(f"`batch_size` is {batch_size}, but there are only {samples // num_ranks} samples.")
         self.split = split
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
         self.drop_last = drop_last
+        self.rank = rank
+        self.num_ranks = num_ranks
         self._order: tuple[int, Tensor] | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of this process in an epoch."""
+        samples = len(self.split[0])
+        return samples // self.num_ranks if self.shuffle else len(range(self.rank, samples, self.num_ranks))
 
     @override
     def __len__(self) -> int:
-        samples = len(self.split[0])
-        return samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
+        return self.num_samples // self.batch_size if self.drop_last else -(-self.num_samples // self.batch_size)
 
     @override
     def batch(self, epoch: int, index: int) -> Split:
-        part = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        start, stop = index * self.batch_size, min((index + 1) * self.batch_size, self.num_samples)
+        part = slice(start * self.num_ranks + self.rank, (stop - 1) * self.num_ranks + self.rank + 1, self.num_ranks)
         if not self.shuffle:
             return self.split[0][part], self.split[1][part]
         if self._order is None or self._order[0] != epoch:
@@ -117,7 +174,7 @@ class TensorLoader(ResumableLoader[Split]):
         return self.split[0][rows], self.split[1][rows]
 
 
-class TensorClassification(pl.LightningDataModule, ABC):
+class TensorClassification(ResumableDataModule, ABC):
     """Classification data that fits into memory: each split is one pair of tensors.
 
     Subclasses write :meth:`load`. Training batches are shuffled by the seed and the epoch, so that a resumed run sees
@@ -146,6 +203,7 @@ class TensorClassification(pl.LightningDataModule, ABC):
         self.val_data: Split
         self.test_data: Split
         self._is_ready = False
+        self._loaded_seed = 0
 
     @abstractmethod
     def load(self, seed: int) -> tuple[Split, Split, Split]:
@@ -153,26 +211,61 @@ class TensorClassification(pl.LightningDataModule, ABC):
 
     @override
     def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
         if not self._is_ready:
-            self.train_data, self.val_data, self.test_data = self.load(root_seed(self.seed))
-            self._is_ready = True
+            self._load(root_seed(self.seed))
+
+    def _load(self, seed: int) -> None:
+        self.train_data, self.val_data, self.test_data = self.load(seed)
+        self._loaded_seed = seed
+        self._is_ready = True
 
     @override
-    def train_dataloader(self) -> TensorLoader:
-        seed = root_seed(self.seed)
-        return TensorLoader(self.train_data, self.batch_size, shuffle=True, seed=seed, drop_last=self.drop_last)
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"seed": self._loaded_seed if self._is_ready else None}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        seed = state_dict["seed"]
+        if seed is None or not self._is_ready or seed == self._loaded_seed:
+            return
+        if self.seed is not None:
+            raise MisconfigurationException(
+                f"The checkpoint was written with {type(self).__name__}(seed={seed}), and this one has "
+                f"seed={self.seed}: the splits would differ. Resume with the same seed."
+            )
+        self._load(seed)
+
+    @override
+    def make_train_loader(self) -> TensorLoader:
+        return self._loader_of(self.train_data, shuffle=True, seed=self._loaded_seed, drop_last=self.drop_last)
 
     @override
     def val_dataloader(self) -> TensorLoader:
-        return TensorLoader(self.val_data, self.batch_size)
+        return self._loader_of(self.val_data)
 
     @override
     def test_dataloader(self) -> TensorLoader:
-        return TensorLoader(self.test_data, self.batch_size)
+        return self._loader_of(self.test_data)
 
     @override
     def predict_dataloader(self) -> TensorLoader:
-        return TensorLoader(self.test_data, self.batch_size)
+        return self._loader_of(self.test_data)
+
+    def _loader_of(
+        self, split: Split, *, shuffle: bool = False, seed: int = 0, drop_last: bool = False
+    ) -> TensorLoader:
+        rank, num_ranks = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        return TensorLoader(
+            split,
+            self.batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            drop_last=drop_last,
+            rank=rank,
+            num_ranks=num_ranks,
+        )
 
 
 def shuffled_split(x: Tensor, y: Tensor, held_out: int, seed: int, purpose: str) -> tuple[Split, Split]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset, default_collate
 from typing_extensions import override
 
-from groundwire.datamodules.base import ResumableLoader, Split, root_seed
+from groundwire.datamodules.base import ResumableDataModule, ResumableLoader, Split, root_seed
 from groundwire.datamodules.partition import Partition, by_label, dirichlet, iid, shards
 from groundwire.datamodules.plots import plot_partition
 from groundwire.plugins.edge import DeviceBatch
@@ -105,7 +105,7 @@ class RoundLoader(ResumableLoader[DeviceBatch]):
         return DeviceBatch(data=data, device_ids=devices, num_samples=self.counts[devices], lengths=lengths)
 
 
-class Federated(pl.LightningDataModule):
+class Federated(ResumableDataModule):
     """Splits the training data of any classification datamodule over devices, for ``EdgeStrategy``.
 
     Validation, test and prediction data pass through. The training data is copied once, device after device, so that a
@@ -198,6 +198,7 @@ class Federated(pl.LightningDataModule):
 
     @override
     def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
         self.datamodule.trainer = self.trainer
         self.datamodule.setup(stage or "fit")
         if stage in (None, "fit") and self._partition is None:
@@ -222,7 +223,7 @@ class Federated(pl.LightningDataModule):
     # ---------------------------------------------------------------- loaders
 
     @override
-    def train_dataloader(self) -> RoundLoader:
+    def make_train_loader(self) -> RoundLoader:
         counts = self.partition.counts
         rounds = self.rounds_per_epoch
         if rounds is None:
@@ -255,16 +256,20 @@ class Federated(pl.LightningDataModule):
     # ---------------------------------------------------------------- resume
 
     def _settings(self) -> dict[str, Any]:
-        names = ("num_devices", "kind", "samples_per_device", "alpha", "min_samples", "shards_per_device")
-        names += ("classes_per_device", "quantity_skew", "batch_size", "devices_per_round", "rounds_per_epoch")
-        return {name: getattr(self, name) for name in names}
+        names = (
+            "num_devices kind samples_per_device alpha min_samples shards_per_device classes_per_device quantity_skew"
+        )
+        names += " batch_size devices_per_round rounds_per_epoch"
+        return {name: getattr(self, name) for name in names.split()}
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"seed": self._root_seed, "settings": self._settings()}
+        own = {"seed": self._root_seed, "settings": self._settings(), "datamodule": self.datamodule.state_dict()}
+        return super().state_dict() | own
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         here, there = self._settings(), state_dict["settings"]
         if self.seed is not None:
             here, there = here | {"seed": self.seed}, there | {"seed": state_dict["seed"]}
@@ -275,10 +280,10 @@ class Federated(pl.LightningDataModule):
                 + "; ".join(f"{n} was {there.get(n)!r} and is now {here[n]!r}" for n in differing)
                 + ". Resume with the same settings, or start a new run from the weights alone."
             )
-        if state_dict["seed"] != self._root_seed:
-            self._root_seed = state_dict["seed"]
-            if self._partition is not None:
-                self._deal()
+        self.datamodule.load_state_dict(state_dict["datamodule"])
+        self._root_seed = state_dict["seed"]
+        if self._partition is not None:  # made by `setup`, perhaps from another seed
+            self._deal()
 
     # ---------------------------------------------------------------- report
 

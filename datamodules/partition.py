@@ -108,7 +108,7 @@ def iid(
     share = (quantity_skew * normal).softmax(0)
     sizes = 1 + (share * (n - num_devices)).floor().long()
     sizes[: n - int(sizes.sum())] += 1  # what rounding left over, fewer than one a device
-    return Partition.of(order.split(sizes.tolist()))
+    return Partition.of(torch.split(order, sizes.tolist()))
 
 
 def dirichlet(
@@ -282,5 +282,5 @@ def _check(labels: Tensor, num_devices: int, samples_per_device: int | None) -> 
 def _by_class(labels: Tensor) -> list[tuple[int, Tensor]]:
     """The samples of each class that occurs, ascending."""
     counts = torch.bincount(labels)
-    groups = labels.argsort(stable=True).split(counts.tolist())
+    groups = torch.split(labels.argsort(stable=True), counts.tolist())
     return [(c, group) for c, group in enumerate(groups) if len(group)]

@@ -67,9 +67,7 @@ def test_version_is_the_distributions() -> None:
 def test_private_names_of_lightning_that_are_relied_on() -> None:
     """Lightning's minor version is bounded because of these; if one goes, this says so first."""
     from lightning.pytorch.trainer.connectors import accelerator_connector
-    from lightning.pytorch.utilities import data
 
     connector = inspect.getsource(accelerator_connector._AcceleratorConnector)
     assert 'hasattr(self.strategy, "parallel_devices")' in connector
-    assert "set_epoch" in inspect.getsource(data)
     assert "closure" in inspect.signature(pl.strategies.Strategy.optimizer_step).parameters

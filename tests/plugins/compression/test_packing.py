@@ -44,7 +44,9 @@ def test_integers_of_any_width_survive(data: st.DataObject, width: int, count: i
 @pytest.mark.parametrize("numel", range(1, 9))
 def test_enumerative_code_is_a_bijection_onto_the_smallest_range(numel: int) -> None:
     for k in range(numel + 1):
-        supports = torch.tensor(list(itertools.combinations(range(numel), k)), dtype=torch.int64).view(math.comb(numel, k), k)
+        supports = torch.tensor(list(itertools.combinations(range(numel), k)), dtype=torch.int64).view(
+            math.comb(numel, k), k
+        )
         code = rank_support(supports, numel)
         numbers = sorted(int.from_bytes(row.tobytes(), "little") for row in code.numpy())
         assert numbers == list(range(math.comb(numel, k)))

@@ -1,0 +1,155 @@
+"""Fashion-MNIST: the reader on files made here, the real ones where they are, and a download from this machine."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import http.server
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from groundwire.datamodules import DatasetMissingError, FashionMNIST
+from groundwire.datamodules import fashion_mnist as room
+from groundwire.datamodules.fashion_mnist import CONTENT, DEBIAN_FOLDER, read_idx
+from helpers.datamodules import check_split_data
+
+real_files = pytest.mark.skipif(
+    not (DEBIAN_FOLDER / "train-images-idx3-ubyte.gz").is_file(),
+    reason="Debian's package dataset-fashion-mnist is not installed",
+)
+
+
+def idx(array: np.ndarray) -> bytes:
+    return b"\x00\x00\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+def write_small(folder: Path, *, compressed: bool = True) -> None:
+    """Four files of the real layout with 60 and 20 samples."""
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 60), ("t10k", 20)):
+        images = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        labels = np.arange(n, dtype=np.uint8) % 10
+        for name, array in ((f"{part}-images-idx3-ubyte", images), (f"{part}-labels-idx1-ubyte", labels)):
+            if compressed:
+                (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
+            else:
+                (folder / name).write_bytes(idx(array))
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_reads_gzipped_and_plain_files(tmp_path: Path, compressed: bool) -> None:
+    write_small(tmp_path, compressed=compressed)
+    data = FashionMNIST(root=tmp_path, num_val=10, seed=0)
+    data.prepare_data()
+    data.setup()
+    assert (len(data.train_data[0]), len(data.val_data[0]), len(data.test_data[0])) == (50, 10, 20)
+    images = read_idx(next(tmp_path.glob("t10k-images*")))
+    np.testing.assert_array_equal(data.test_data[0][:, 0].numpy() * 255, images)
+    check_split_data(lambda seed: FashionMNIST(root=tmp_path, num_val=10, seed=seed, batch_size=7))
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    good = idx(np.zeros((3, 2), dtype=np.uint8))
+    for content, message in [
+        (b"", "is not an IDX file of unsigned bytes: it begins with nothing"),
+        (b"\x00\x00\x0d\x01\x00\x00\x00\x00", "begins with 00000d01"),
+        (good[:6], "cut short: its header takes 12 bytes, the file has 6"),
+        (good[:-1], r"should have 18 bytes for shape \(3, 2\), but has 17"),
+        (good + b"x", r"should have 18 bytes for shape \(3, 2\), but has 19"),
+        (gzip.compress(good)[:-9], "is a damaged gzip file"),
+    ]:
+        file = tmp_path / "file"
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_idx(file)
+
+
+def test_wrong_shapes_are_named(tmp_path: Path) -> None:
+    write_small(tmp_path)
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.zeros(59, dtype=np.uint8))))
+    with pytest.raises(ValueError, match=r"shapes \(60, 28, 28\) and \(59,\)"):
+        FashionMNIST(root=tmp_path, num_val=10).setup()
+
+
+def test_missing_data_says_three_ways_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "DEBIAN_FOLDER", tmp_path / "debian")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for root in (None, tmp_path / "mine"):
+        with pytest.raises(DatasetMissingError) as caught:
+            FashionMNIST(root=root).setup()
+        for way in ("apt-get install dataset-fashion-mnist", "pass it as `root`", "download=True"):
+            assert way in str(caught.value)
+        assert str(root or tmp_path / "cache") in str(caught.value)
+    folder = tmp_path / "cache" / "groundwire" / "fashion-mnist"
+    folder.mkdir(parents=True)
+    write_small(folder)
+    FashionMNIST(num_val=10).setup()  # the cache is found
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    folder = tmp_path / "served"
+    folder.mkdir()
+    write_small(folder)
+    handler = functools.partial(_Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
+        thread = threading.Thread(target=served.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{served.server_port}/", folder
+        served.shutdown()
+        thread.join()
+
+
+def test_download_checks_before_it_keeps(
+    server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, served = server
+    data = FashionMNIST(root=tmp_path / "mine", download=True, url=url, num_val=10)
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz has checksum .* it was not kept"):
+        data.prepare_data()
+    assert not list((tmp_path / "mine").iterdir())
+    digests = {
+        name: hashlib.sha256(gzip.decompress((served / f"{name}.gz").read_bytes())).hexdigest() for name in CONTENT
+    }
+    monkeypatch.setattr(room, "CONTENT", digests)
+    data.prepare_data()
+    data.setup()
+    assert len(data.test_data[0]) == 20
+    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == sorted(f"{name}.gz" for name in CONTENT)
+    for file in served.iterdir():
+        file.unlink()
+    data.prepare_data()  # what is there is not fetched again
+
+
+@real_files
+def test_real_files() -> None:
+    for name, digest in CONTENT.items():
+        assert hashlib.sha256(gzip.decompress((DEBIAN_FOLDER / f"{name}.gz").read_bytes())).hexdigest() == digest
+    data = FashionMNIST(root=DEBIAN_FOLDER, seed=0, flatten=True)
+    data.setup()
+    assert data.train_data[0].shape == (50_000, 784)
+    assert torch.bincount(torch.cat([data.train_data[1], data.val_data[1]])).tolist() == [6000] * 10
+    assert torch.bincount(data.test_data[1]).tolist() == [1000] * 10
+    assert float(data.train_data[0].mean()) == pytest.approx(0.286, abs=0.001)  # the mean pixel that the field quotes
+    few = FashionMNIST(root=DEBIAN_FOLDER, seed=0, flatten=True, num_train=100)
+    few.setup()
+    assert torch.equal(few.train_data[0], data.train_data[0][:100])
+
+
+def test_bad_input_by_message() -> None:
+    with pytest.raises(ValueError, match=r"`num_val` must be in \[0, 60000\), got 60000"):
+        FashionMNIST(num_val=60_000)
+    with pytest.raises(ValueError, match=r"`num_train` must be in \[1, 50000\] beside num_val=10000, got 50001"):
+        FashionMNIST(num_train=50_001)

@@ -1,0 +1,101 @@
+"""The tester through which every datamodule goes."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from groundwire.datamodules import TensorClassification
+from groundwire.plugins.edge import DeviceBatch
+from helpers.edge import Killed, trainer
+
+
+class Recorder(pl.LightningModule):
+    """Trains nothing worth having, and remembers every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.seen: list[tuple[Tensor, ...]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen.append(tensors(batch))
+        return self.weight.sum()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def tensors(batch: Any) -> tuple[Tensor, ...]:
+    if isinstance(batch, DeviceBatch):
+        return (*batch.leaves(), batch.device_ids, batch.num_samples)
+    return tuple(batch)
+
+
+def check_split_data(build: Callable[[int], TensorClassification]) -> None:
+    """What every datamodule of one pair of tensors a split must pass; ``build`` takes the seed."""
+    data = build(0)
+    data.setup("fit")
+    splits = {"train": data.train_data, "val": data.val_data, "test": data.test_data}
+    for name, (x, y) in splits.items():
+        assert x.dtype == torch.float32, name
+        assert y.dtype == torch.int64, name
+        assert x.shape == (len(y), *data.input_shape), name
+        assert 0 <= float(x.min()) < float(x.max()) <= 1, name
+        assert set(y.unique().tolist()) <= set(range(data.num_classes)), name
+    assert set(data.train_data[1].unique().tolist()) == set(range(data.num_classes))
+
+    again, other = build(0), build(1)
+    again.setup()
+    other.setup()
+    assert all(torch.equal(a, b) for a, b in zip(data.train_data, again.train_data, strict=True))
+    assert not torch.equal(data.train_data[1], other.train_data[1])
+
+    loader = data.train_dataloader()
+    epochs = [torch.cat([x.flatten(1) for x, _ in loader]) for _ in range(2)]
+    whole = data.train_data[0].flatten(1)
+    for order in epochs:
+        assert torch.equal(order.sum(1).sort().values, whole.sum(1).sort().values), "each sample once an epoch"
+    assert not torch.equal(epochs[0], epochs[1])
+    for loader, (x, y) in ((data.val_dataloader(), splits["val"]), (data.test_dataloader(), splits["test"])):
+        assert torch.equal(torch.cat([b[0] for b in loader]), x)
+        assert torch.equal(torch.cat([b[1] for b in loader]), y)
+    assert torch.equal(next(iter(data.predict_dataloader()))[0], next(iter(data.test_dataloader()))[0])
+
+
+def check_resume(
+    build: Callable[[], pl.LightningDataModule], *, steps: int = 7, epoch: int = 4, **options: Any
+) -> None:
+    """Kill training after each step, resume from a checkpoint, and see the very batches of an uninterrupted run.
+
+    Args:
+        build: A datamodule with epochs of ``epoch`` batches.
+        steps: Steps of the run; more than an epoch.
+        epoch: Batches an epoch.
+        **options: Of the Trainer.
+    """
+    whole = Recorder()
+    trainer(steps=steps, **options).fit(whole, build())
+    assert len(whole.seen) == steps
+    assert steps > epoch
+    for stop in (epoch - 2, epoch, epoch + 1):
+        with tempfile.TemporaryDirectory() as folder:
+            saver = ModelCheckpoint(dirpath=folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+            killed = trainer(steps=steps, enable_checkpointing=True, callbacks=[saver, Killed(stop + 1)], **options)
+            with contextlib.suppress(Killed.Error):
+                killed.fit(Recorder(), build())
+            resumed = Recorder()
+            trainer(steps=steps, **options).fit(resumed, build(), ckpt_path=str(Path(folder) / f"step={stop}.ckpt"))
+        for ours, theirs in zip(resumed.seen, whole.seen[stop:], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), f"resumed after {stop}"
