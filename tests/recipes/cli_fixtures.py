@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 
 from groundwire.cli import main
 
@@ -35,15 +36,17 @@ WANDB = "    - {class_path: lightning.pytorch.loggers.WandbLogger, init_args: {p
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seeded: Callable[[int], None]) -> Path:
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seeded: Callable[[int], None]) -> Iterator[Path]:
     """The current folder, with ``tiny.yaml`` and ``tracked.yaml`` (the same with W&B), where the parts import."""
     (tmp_path / "tiny.yaml").write_text(TINY)
     (tmp_path / "tracked.yaml").write_text(TINY.replace("model:", WANDB + "model:", 1))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    return tmp_path
+    yield tmp_path
+    for name in ("WANDB_SERVICE", "WANDB_MODE"):  # W&B leaves these behind
+        os.environ.pop(name, None)
 
 
 @pytest.fixture
@@ -52,7 +55,10 @@ def groundwire(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Callable[
 
     def run(*argv: object) -> tuple[int, str, str]:
         capsys.readouterr()
-        status = main([str(word) for word in argv])
+        try:
+            status = main([str(word) for word in argv])
+        finally:
+            wandb.finish()  # a process of its own would end here
         output = capsys.readouterr()
         return status, output.out, output.err
 
