@@ -1,5 +1,5 @@
 # make demo       the main job on the embedded digits: five schemes, three seeds; prints where plot and table are
-# make study      the README's plot, on Fashion-MNIST: an hour or so
+# make study      all figures of docs/first_light.md, on Fashion-MNIST: about an hour on one core
 # make test       the tests           make test-slow   the long reproductions as well
 # make lint       ruff and mypy       make clean       remove the environments
 # Each sets up an environment of its own. Needed beforehand: Python 3.11 or later with venv and pip, and make.
@@ -7,6 +7,7 @@
 PYTHON ?= python3
 DEMO_VENV := .venv
 TEST_VENV := .venv-test
+STUDIES := iid_500 by_label_500 iid_200 by_label_200 power bandwidth decoders
 SOURCES := $(shell find plugins callbacks datamodules recipes src -name '*.py' -o -name '*.yaml' -o -name '*.md')
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -14,8 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo study test test-slow lint clean
 
 demo: $(DEMO_VENV)/.installed
-	$(DEMO_VENV)/bin/groundwire compare error_free a_dsgd d_dsgd signsgd_digital qsgd_digital --config digits \
-	    --seeds 3 --set trainer.max_steps=200 --output runs/compare/demo
+	$(DEMO_VENV)/bin/groundwire compare --study docs/studies/demo.yaml --output runs/compare/demo
 	@echo
 	@cat runs/compare/demo/table.md
 	@echo
@@ -23,8 +23,10 @@ demo: $(DEMO_VENV)/.installed
 	@echo "table: runs/compare/demo/table.md"
 
 study: $(DEMO_VENV)/.installed
-	$(DEMO_VENV)/bin/groundwire compare --study docs/studies/five_schemes.yaml --output runs/compare/five_schemes
-	cp runs/compare/five_schemes/plot.png docs/first_light.png
+	for study in $(STUDIES); do \
+	    $(DEMO_VENV)/bin/groundwire compare --study docs/studies/$$study.yaml --output runs/compare/$$study || exit 1; \
+	done
+	$(DEMO_VENV)/bin/python docs/studies/first_light.py
 
 test: $(TEST_VENV)/.installed
 	$(TEST_VENV)/bin/pytest

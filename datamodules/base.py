@@ -30,14 +30,16 @@ class ResumableLoader(ABC, Generic[Batch]):
     """A loader whose batch depends only on the epoch and its number in it, so that a resumed run sees the same ones.
 
     It counts its epochs itself, one for each iteration begun: what Lightning tells a sampler after a resume counts an
-    epoch twice if the checkpoint was written in its last step.
+    epoch twice if the checkpoint was written in its last step. What only the Trainer knows, it is told by the
+    datamodule.
     """
 
     def __init__(self) -> None:
-        self.epoch = -1  # the last one begun
-        self.position = 0  # batches of it that were given out
         self.limit: Callable[[], float] = lambda: math.inf  # batches of an epoch that are used
-        self._resumes = False
+        self.unfinished: Callable[[], int] = lambda: 0  # batches given out whose step is not done
+        self.repeats = False  # the same batches every epoch
+        self._epoch, self._position = -1, 0  # the epoch begun last, and how many of its batches were given out
+        self._resume: tuple[int, int] | None = None  # where the next iteration begins, if not with a new epoch
 
     @abstractmethod
     def __len__(self) -> int:
@@ -48,22 +50,21 @@ class ResumableLoader(ABC, Generic[Batch]):
         """Batch ``index`` of ``epoch``, both from 0."""
 
     def __iter__(self) -> Iterator[Batch]:
-        if not self._resumes:
-            self.epoch, self.position = self.epoch + 1, 0
-        self._resumes = False
-        for index in range(self.position, len(self)):
-            self.position = index + 1
-            yield self.batch(self.epoch, index)
+        (self._epoch, start), self._resume = self._resume or (self._epoch + 1, 0), None
+        for index in range(start, len(self)):
+            self._position = index + 1
+            yield self.batch(0 if self.repeats else self._epoch, index)
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and how far it has come."""
-        over = self.position >= self.limit()
-        return {"epoch": self.epoch, "position": len(self) if over else self.position}
+        """Epoch and number of the first batch whose step is not done."""
+        epoch, position = self._resume or (self._epoch, self._position - self.unfinished())
+        if self._resume is None and (epoch < 0 or position >= min(len(self), self.limit())):
+            epoch, position = epoch + 1, 0
+        return {"epoch": epoch, "position": position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Let the next iteration go on from where another loader stopped."""
-        self.epoch, self.position = state["epoch"], state["position"]
-        self._resumes = 0 < self.position < len(self)
+        self._resume = state["epoch"], state["position"]
 
 
 class ResumableDataModule(pl.LightningDataModule):
@@ -88,15 +89,16 @@ class ResumableDataModule(pl.LightningDataModule):
     @override
     def train_dataloader(self) -> ResumableLoader[Any]:
         loader = self.make_train_loader()
-        loader.limit = self._used_batches
+        if self.trainer is not None:
+            trainer = self.trainer
+            loader.limit = lambda: trainer.num_training_batches
+            loader.unfinished = lambda: _unfinished_steps(trainer)
+            loader.repeats = trainer.overfit_batches > 0  # type: ignore[attr-defined]
         progress = self._progress if self._loader is None else self._loader.state_dict()
         if progress is not None:
             loader.load_state_dict(progress)
         self._loader = loader
         return loader
-
-    def _used_batches(self) -> float:
-        return self.trainer.num_training_batches if self.trainer is not None else math.inf
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -107,6 +109,12 @@ class ResumableDataModule(pl.LightningDataModule):
         self._progress = state_dict["progress"]
         if self._loader is not None and self._progress is not None:
             self._loader.load_state_dict(self._progress)
+
+
+def _unfinished_steps(trainer: pl.Trainer) -> int:
+    """1 while a training step runs or after it failed, else 0."""
+    current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return int(current.ready - current.processed)
 
 
 class TensorLoader(ResumableLoader[Split]):

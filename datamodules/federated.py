@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset, default_collate
 from typing_extensions import override
 
 from groundwire.datamodules.base import ResumableDataModule, ResumableLoader, Split, root_seed
+from groundwire.datamodules.buffers import Buffers
 from groundwire.datamodules.partition import Partition, by_label, dirichlet, iid, shards
 from groundwire.datamodules.plots import plot_partition
 from groundwire.plugins.edge import DeviceBatch
@@ -53,6 +54,7 @@ class RoundLoader(ResumableLoader[DeviceBatch]):
         self.batch_size = batch_size
         self.devices_per_round = devices_per_round
         self.seed = seed
+        self._memory = Buffers()
         self._offsets = counts.cumsum(0) - counts
         self._pass = torch.full_like(counts, -1)  # whose order is in memory
         self._order = torch.zeros(len(counts), int(counts.max()) if batch_size else 0, dtype=torch.int64)
@@ -100,8 +102,7 @@ class RoundLoader(ResumableLoader[DeviceBatch]):
         return self._offsets[devices, None] + local
 
     def _gather(self, devices: Tensor, rows: Tensor, lengths: Tensor | None) -> DeviceBatch:
-        flat = rows.flatten()
-        data = tuple(part.index_select(0, flat).view(*rows.shape, *part.shape[1:]) for part in self.split)
+        data = tuple(self._memory.gather(part, rows) for part in self.split)
         return DeviceBatch(data=data, device_ids=devices, num_samples=self.counts[devices], lengths=lengths)
 
 

@@ -22,7 +22,7 @@ PANELS = {
     "iid_200": "IID, power 200",
     "by_label_200": "two classes a device, power 200",
 }
-SWEEPS = ("power", "bandwidth")
+SINGLE = ("power", "bandwidth", "decoders")
 
 
 def rows(file: Path) -> list[dict[str, str]]:
@@ -50,9 +50,9 @@ def main() -> None:
         plot_curves(curves(folder / study / "curves.csv"), title=title, ax=ax)
     figure.savefig(DOCS / "first_light.png", dpi=130)
 
-    for study in SWEEPS:
+    for study in SINGLE:
         (DOCS / f"first_light_{study}.png").write_bytes((folder / study / "plot.png").read_bytes())
-    for study in (*PANELS, *SWEEPS):
+    for study in (*PANELS, *SINGLE):
         for name in ("curves.csv", "table.csv", "table.md"):
             (kept / f"{study}_{name}").write_bytes((folder / study / name).read_bytes())
 

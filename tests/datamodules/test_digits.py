@@ -10,12 +10,14 @@ from lightning.pytorch import LightningDataModule
 from sklearn.datasets import load_digits
 
 from groundwire.datamodules import Digits, TensorLoader
-from helpers.datamodules import check_resume, check_split_data
+from helpers.datamodules import Recorder, check_resume, check_resume_after_an_error, check_split_data
+from helpers.edge import trainer
 
 
 def test_shared_checks() -> None:
     check_split_data(lambda seed: Digits(batch_size=100, seed=seed))
     check_resume(lambda: Digits(batch_size=400, seed=3))
+    check_resume_after_an_error(lambda: Digits(batch_size=400, seed=3))
     check_resume(lambda: Digits(batch_size=100, seed=3), limit_train_batches=4)
     check_resume(lambda: Digits(batch_size=400, seed=3), reload_dataloaders_every_n_epochs=1)
 
@@ -92,3 +94,10 @@ def test_processes_share_an_epoch() -> None:
     trained = [[y for _, y in TensorLoader(split, 2, shuffle=True, rank=r, num_ranks=3)] for r in range(3)]
     assert {len(batches) for batches in trained} == {2}, "all ranks take equally many steps"
     assert len({int(label) for batches in trained for y in batches for label in y}) == 9
+
+
+def test_overfitting_a_few_batches_sees_the_same_ones() -> None:
+    recorder = Recorder()
+    trainer(steps=6, overfit_batches=2).fit(recorder, Digits(batch_size=50, seed=0))
+    for a, b in zip(recorder.seen[:2] * 2, recorder.seen[2:], strict=True):
+        assert torch.equal(a[1], b[1])

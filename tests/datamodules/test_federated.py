@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from groundwire.datamodules import Digits, Federated, RoundLoader
+from groundwire.datamodules.buffers import Buffers
 from groundwire.plugins.edge import EdgeStrategy
-from helpers.datamodules import check_resume
+from helpers.datamodules import check_resume, check_resume_after_an_error
 from helpers.edge import Classifier, fit, trainer
 
 
@@ -92,6 +93,8 @@ def test_devices_of_a_round_are_a_uniform_sample() -> None:
 def test_resume(options: dict[str, Any]) -> None:
     check_resume(lambda: Federated(Digits(), num_devices=5, rounds_per_epoch=4, seed=2, **options))
     check_resume(lambda: Federated(Digits(), num_devices=5, rounds_per_epoch=9, **options), limit_train_batches=4)
+    check_resume_after_an_error(lambda: Federated(Digits(), num_devices=5, rounds_per_epoch=4, seed=2, **options))
+    check_resume_after_an_error(lambda: Federated(Digits(), num_devices=5, rounds_per_epoch=1, **options), epoch=1)
 
 
 def test_a_checkpoints_seed_goes_on_and_other_settings_are_refused(tmp_path: Any, seeded: Any) -> None:
@@ -243,3 +246,21 @@ def test_more_devices_than_samples() -> None:
     data = Federated(Digits(), num_devices=2000)
     with pytest.raises(ValueError, match=r"`num_devices` must be in \[1, 1258\] for 1258 samples, got 2000"):
         data.setup("fit")
+
+
+def test_large_rounds_reuse_memory_that_nobody_holds() -> None:
+    memory, source = Buffers(), torch.arange(1 << 20, dtype=torch.float32).view(-1, 64)
+    index = torch.randint(0, len(source), (70, 1000), generator=torch.Generator().manual_seed(0))
+    held = memory.gather(source, index)
+    view = memory.gather(source, index + 0)[3]
+    array = memory.gather(source, index.flip(0)).numpy()
+    copies = held.clone(), view.clone(), array.copy()
+    for shift in range(4):
+        rolled = index.roll(shift, 0)
+        assert torch.equal(memory.gather(source, rolled), source[rolled])
+    assert torch.equal(held, copies[0])
+    assert torch.equal(view, copies[1])
+    assert (array == copies[2]).all()
+    del held, view, array
+    places = {memory.gather(source, index).data_ptr() for _ in range(10)}
+    assert len(places) <= 2, "two buffers in turn"

@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor, nn
 
 from groundwire.datamodules import TensorClassification
@@ -72,6 +72,34 @@ def check_split_data(build: Callable[[int], TensorClassification]) -> None:
         assert torch.equal(torch.cat([b[0] for b in loader]), x)
         assert torch.equal(torch.cat([b[1] for b in loader]), y)
     assert torch.equal(next(iter(data.predict_dataloader()))[0], next(iter(data.test_dataloader()))[0])
+
+
+class Fails(pl.Callback):
+    """An error inside a step, after its batch was fetched."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise Killed.Error
+
+
+def check_resume_after_an_error(build: Callable[[], pl.LightningDataModule], *, steps: int = 9, epoch: int = 4) -> None:
+    """Fail within each step, save what is there, resume, and see the batch of that step again."""
+    whole = Recorder()
+    trainer(steps=steps).fit(whole, build())
+    assert len(whole.seen) == steps > 2 * epoch
+    for step in range(1, steps):
+        with tempfile.TemporaryDirectory() as folder:
+            saver = OnExceptionCheckpoint(folder)
+            failed = trainer(steps=steps, enable_checkpointing=True, callbacks=[Fails(step), saver])
+            with contextlib.suppress(Killed.Error):
+                failed.fit(Recorder(), build())
+            resumed = Recorder()
+            trainer(steps=steps).fit(resumed, build(), ckpt_path=saver.ckpt_path)
+        for ours, theirs in zip(resumed.seen, whole.seen[step:], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), f"failed in step {step}"
 
 
 def check_resume(
