@@ -48,6 +48,8 @@ def main() -> None:
     panels = figure.subplots(2, 2, sharex=True, sharey=True).flatten()
     for ax, (study, title) in zip(panels, PANELS.items(), strict=True):
         plot_curves(curves(folder / study / "curves.csv"), title=title, ax=ax)
+        if study != "iid_500" and (legend := ax.get_legend()) is not None:  # one is enough
+            legend.remove()
     figure.savefig(DOCS / "first_light.png", dpi=130)
 
     for study in SINGLE:
