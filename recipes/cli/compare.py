@@ -336,10 +336,10 @@ def _markdown(table: list[dict[str, Any]]) -> str:
 
 def _cell(name: str, mean: float, spread: float, seeds: int) -> str:
     if math.isnan(mean):
-        return "–"  # noqa: RUF001  a dash is what the reader expects
-    digits = ".4f" if name.endswith(("acc", "loss")) else ".4g"
-    shown = f" ± {spread:{'.4f' if digits == '.4f' else '.2g'}}" if seeds > 1 and spread > 0 else ""
-    return f"{mean:{digits}}{shown}"
+        return "-"
+    fraction = name.endswith(("acc", "loss"))
+    shown = f" ± {spread:{'.4f' if fraction else '.2g'}}" if seeds > 1 and spread > 1e-6 * abs(mean) else ""
+    return f"{mean:{'.4f' if fraction else ',.6g'}}{shown}"
 
 
 def _final_metric(study: Study, results: list[_Result]) -> str:
