@@ -84,7 +84,8 @@ class ResumableDataModule(pl.LightningDataModule):
 
     @override
     def setup(self, stage: str | None = None) -> None:
-        self._loader = self._progress = None  # a new run begins, unless a checkpoint is loaded now
+        if stage in (None, "fit"):  # a new run begins, unless a checkpoint is loaded now
+            self._loader = self._progress = None
 
     @override
     def train_dataloader(self) -> ResumableLoader[Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import http.client
 import os
 import struct
-import tempfile
 import urllib.request
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,13 @@ CONTENT = {
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
+
+WAYS = (
+    "Get it in one of three ways: (1) on Debian or Ubuntu, `apt-get install dataset-fashion-mnist`; (2) put the four "
+    f"files {', '.join(CONTENT)} (.gz or not) into a folder and pass it as `root`; (3) with a network, pass "
+    "`download=True`."
+)
+_DAMAGED = (EOFError, OSError, zlib.error)  # what gzip raises, by where the damage is
 
 
 class DatasetMissingError(FileNotFoundError):
@@ -53,7 +61,7 @@ def read_idx(path: Path) -> np.ndarray:
     if raw[:2] == b"\x1f\x8b":
         try:
             raw = gzip.decompress(raw)
-        except (EOFError, OSError, ValueError) as error:
+        except _DAMAGED as error:
             raise ValueError(f"{path} is a damaged gzip file ({error}): fetch it again.") from error
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
         raise ValueError(f"{path} is not an IDX file of unsigned bytes: it begins with {raw[:4].hex() or 'nothing'}.")
@@ -87,7 +95,8 @@ class FashionMNIST(TensorClassification):
 
     Raises:
         ValueError: If an argument is out of range, or a file is damaged.
-        DatasetMissingError: At setup, if the files are nowhere; it says the three ways to get them.
+        DatasetMissingError: At setup, if the files are nowhere, or when they cannot be fetched; it says the three ways
+            to get them.
 
     Example:
         >>> data = FashionMNIST(batch_size=128, num_val=10_000, flatten=True)
@@ -137,12 +146,7 @@ class FashionMNIST(TensorClassification):
     def load(self, seed: int) -> tuple[Split, Split, Split]:
         folder = self._folder()
         if folder is None:
-            raise DatasetMissingError(
-                f"Fashion-MNIST is not in {' or '.join(str(f) for f in self._folders())}. Get it in one of three ways: "
-                "(1) on Debian or Ubuntu, `apt-get install dataset-fashion-mnist`; (2) put the four files "
-                f"{', '.join(CONTENT)} (.gz or not) into a folder and pass it as `root`; (3) with a network, pass "
-                "`download=True`."
-            )
+            raise DatasetMissingError(f"Fashion-MNIST is not in {' or '.join(str(f) for f in self._folders())}. {WAYS}")
         x, y = self._read(folder, "train")
         rest, val = shuffled_split(x, y, self.num_val, seed, "data/val")
         train = rest if self.num_train is None else (rest[0][: self.num_train], rest[1][: self.num_train])
@@ -174,14 +178,25 @@ class FashionMNIST(TensorClassification):
                 continue
             source = f"{self.url.rstrip('/')}/{name}.gz"
             rank_zero_info(f"Fetching {source}")
-            with urllib.request.urlopen(source, timeout=60) as answer:
-                content = answer.read()
-            found = hashlib.sha256(gzip.decompress(content)).hexdigest()
+            try:
+                with urllib.request.urlopen(source, timeout=60) as answer:
+                    content = answer.read()
+            except (OSError, http.client.HTTPException) as error:
+                raise DatasetMissingError(
+                    f"{source} cannot be fetched ({error}). Is there a network? {WAYS}"
+                ) from error
+            try:
+                found = hashlib.sha256(gzip.decompress(content)).hexdigest()
+            except _DAMAGED as error:
+                raise ValueError(f"{source} is no gzip file ({error}): it was not kept. Use another `url`.") from error
             if found != digest:
                 raise ValueError(f"{source} has checksum {found}, not {digest}: it was not kept. Use another `url`.")
-            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as part:
-                part.write(content)
-            Path(part.name).replace(folder / f"{name}.gz")  # all of the file or nothing
+            part = folder / f".{name}.{os.getpid()}"
+            try:
+                part.write_bytes(content)
+                part.replace(folder / f"{name}.gz")  # all of the file or nothing
+            finally:
+                part.unlink(missing_ok=True)
 
 
 def _find(folder: Path, name: str) -> Path | None:

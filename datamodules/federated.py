@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.utils.data import TensorDataset, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+    default_convert,
+)
 from typing_extensions import override
 
 from groundwire.datamodules.base import ResumableDataModule, ResumableLoader, Split, root_seed
@@ -35,6 +44,9 @@ class RoundLoader(ResumableLoader[DeviceBatch]):
         batch_size: Samples a device and round; None for all.
         devices_per_round: Devices that have data in a round, drawn uniformly; None for all.
         seed: Root seed.
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
 
     def __init__(
@@ -48,6 +60,9 @@ class RoundLoader(ResumableLoader[DeviceBatch]):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if bool((counts < 1).any()) or int(counts.sum()) != len(split[0]):
+            raise ValueError(f"`counts` must be at least 1 and sum to {len(split[0])} samples, got {counts.tolist()}.")
+        _check_rounds(len(counts), num_rounds=num_rounds, batch_size=batch_size, devices_per_round=devices_per_round)
         self.split = split
         self.counts = counts
         self.num_rounds = num_rounds
@@ -112,6 +127,9 @@ class Federated(ResumableDataModule):
     Validation, test and prediction data pass through. The training data is copied once, device after device, so that a
     round is one indexing operation, or none if every device brings all of equally many samples.
 
+    Of an ordinary datamodule, each sample is read once, when training is set up: a random transform in its dataset is
+    drawn once and not anew every epoch. Put such a transform into the LightningModule.
+
     Args:
         datamodule: Where the data comes from: one of this package, or any whose training set gives ``(x, y)`` pairs.
         num_devices: Devices ``N``; the same as ``EdgeStrategy``'s.
@@ -158,16 +176,9 @@ class Federated(ResumableDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("num_devices", num_devices),
-            ("batch_size", batch_size),
-            ("devices_per_round", devices_per_round),
-            ("rounds_per_epoch", rounds_per_epoch),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if devices_per_round is not None and devices_per_round > num_devices:
-            raise ValueError(f"`devices_per_round` is {devices_per_round}, but there are {num_devices} devices.")
+        _check_rounds(
+            num_devices, batch_size=batch_size, devices_per_round=devices_per_round, rounds_per_epoch=rounds_per_epoch
+        )
         if partition not in ("iid", "dirichlet", "shards", "by_label"):
             raise ValueError(f"`partition` must be 'iid', 'dirichlet', 'shards' or 'by_label', got {partition!r}.")
         if samples_per_device is not None and partition == "dirichlet":
@@ -195,6 +206,7 @@ class Federated(ResumableDataModule):
 
     @override
     def prepare_data(self) -> None:
+        self.datamodule.trainer = self.trainer
         self.datamodule.prepare_data()
 
     @override
@@ -203,6 +215,7 @@ class Federated(ResumableDataModule):
         self.datamodule.trainer = self.trainer
         self.datamodule.setup(stage or "fit")
         if stage in (None, "fit") and self._partition is None:
+            _refuse_hooks(self.datamodule)
             self._root_seed = root_seed(self.seed)
             self._deal()
 
@@ -240,7 +253,7 @@ class Federated(ResumableDataModule):
 
     @override
     def val_dataloader(self) -> Any:
-        return self.datamodule.val_dataloader()
+        return self.datamodule.val_dataloader() if is_overridden("val_dataloader", self.datamodule) else []
 
     @override
     def test_dataloader(self) -> Any:
@@ -332,22 +345,59 @@ class Federated(ResumableDataModule):
         return plot_partition(self.class_histogram())
 
 
+def _check_rounds(num_devices: int, *, devices_per_round: int | None, **others: int | None) -> None:
+    for name, value in {"num_devices": num_devices, "devices_per_round": devices_per_round, **others}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    if devices_per_round is not None and devices_per_round > num_devices:
+        raise ValueError(f"`devices_per_round` is {devices_per_round}, but there are {num_devices} devices.")
+
+
+def _refuse_hooks(datamodule: pl.LightningDataModule) -> None:
+    """Lightning would ask ``Federated`` for these, so that what the user wrote would never run."""
+    for hook in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
+        if is_overridden(hook, datamodule):
+            raise MisconfigurationException(
+                f"Federated does not call {type(datamodule).__name__}.{hook}. Move it to the LightningModule, or into "
+                "the dataset."
+            )
+
+
 def _training_tensors(datamodule: pl.LightningDataModule) -> Split:
     """All training samples as one pair of tensors, whatever the datamodule keeps them in."""
-    if hasattr(datamodule, "train_data"):
-        x, y = datamodule.train_data
-        return x, y
-    loader = datamodule.train_dataloader()
-    dataset = getattr(loader, "dataset", None)
-    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
-        x, y = dataset.tensors
-    elif dataset is not None and hasattr(dataset, "__len__"):
-        x, y = default_collate([dataset[i] for i in range(len(dataset))])  # once, not every step
-    else:
-        raise MisconfigurationException(
-            f"Federated needs {type(datamodule).__name__}.train_dataloader() to have a `dataset` with a length that "
-            "gives (input, label) pairs, or the datamodule to have `train_data = (inputs, labels)`."
-        )
-    if not isinstance(y, Tensor) or y.is_floating_point() or y.ndim != 1:
+    name, data = type(datamodule).__name__, getattr(datamodule, "train_data", None)
+    if not _is_pair(data):
+        data = _all_samples(datamodule.train_dataloader(), name)
+    if not _is_pair(data):
+        raise MisconfigurationException(f"Federated needs (input, label) pairs of tensors from {name}.")
+    x, y = data
+    if y.is_floating_point() or y.ndim != 1:
         raise MisconfigurationException("Federated needs integer labels of shape (n,) to split the data by.")
     return x, y.long()
+
+
+def _is_pair(data: object) -> TypeGuard[Split]:
+    return isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
+
+
+def _all_samples(loader: Any, name: str) -> Any:
+    dataset = getattr(loader, "dataset", None)
+    if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise MisconfigurationException(
+            f"Federated needs {name}.train_dataloader() to have a `dataset` with a length that gives (input, label) "
+            "pairs, or the datamodule to have `train_data = (inputs, labels)`."
+        )
+    for kind, plain in (("sampler", (SequentialSampler, RandomSampler)), ("batch_sampler", (BatchSampler,))):
+        sampler = getattr(loader, kind, None)
+        if sampler is not None and type(sampler) not in plain:  # it may leave out what is held out for validation
+            raise MisconfigurationException(
+                f"Federated deals out the whole dataset of {name}.train_dataloader(), but its {kind} is a "
+                f"{type(sampler).__name__}, which may choose among the samples. Give the dataset as a "
+                "`torch.utils.data.Subset` instead."
+            )
+    collate = getattr(loader, "collate_fn", default_collate)
+    if collate is default_convert:  # of a loader that does not batch
+        collate = default_collate
+    if isinstance(dataset, TensorDataset) and collate is default_collate:
+        return dataset.tensors
+    return collate([dataset[i] for i in range(len(dataset))])  # once, not every step

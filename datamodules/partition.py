@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -99,10 +100,10 @@ def iid(
     if quantity_skew is None:
         total = n if samples_per_device is None else num_devices * samples_per_device
         return Partition.of(torch.tensor_split(order[:total], num_devices))
-    if samples_per_device is not None or not quantity_skew >= 0:
+    if samples_per_device is not None or not 0 <= quantity_skew < math.inf:
         raise PartitionError(
-            f"`quantity_skew` must be >= 0 and decides the sizes, so it cannot go with `samples_per_device`; got "
-            f"{quantity_skew} and {samples_per_device}."
+            "`quantity_skew` must be >= 0 and finite and decides the sizes, so it cannot go with `samples_per_device`; "
+            f"got {quantity_skew} and {samples_per_device}."
         )
     normal = torch.randn(num_devices, generator=stream(seed, purpose="partition/size"), dtype=torch.float64)
     share = (quantity_skew * normal).softmax(0)
@@ -119,7 +120,7 @@ def dirichlet(
     Args:
         labels: Labels of all samples, shape ``(n,)``.
         num_devices: Devices ``N``.
-        alpha: Concentration, > 0; large is IID, small gives each class to few devices.
+        alpha: Concentration, > 0 and finite; large is IID, small gives each class to few devices.
         min_samples: Draw again until every device holds this many.
         max_tries: Draws before giving up.
         seed: Root seed.
@@ -137,6 +138,8 @@ def dirichlet(
     _check(labels, num_devices, min_samples)
     if not alpha > 0:
         raise PartitionError(f"dirichlet alpha must be > 0; got {alpha}")
+    if alpha == math.inf:
+        raise PartitionError("dirichlet alpha must be finite; got inf: the limit is an IID partition.")
     classes = [
         c[torch.randperm(len(c), generator=stream(seed, purpose="partition", round=i))] for i, c in _by_class(labels)
     ]
@@ -269,6 +272,8 @@ def by_label(
 
 def _check(labels: Tensor, num_devices: int, samples_per_device: int | None) -> int:
     n = len(labels)
+    if labels.ndim != 1 or labels.dtype != torch.int64 or (n and int(labels.min()) < 0):
+        raise PartitionError(f"Labels must be int64, >= 0 and of shape (n,), got {labels.dtype} {tuple(labels.shape)}.")
     if not 1 <= num_devices <= n:
         raise PartitionError(f"`num_devices` must be in [1, {n}] for {n} samples, got {num_devices}.")
     if samples_per_device is not None and not 1 <= samples_per_device <= n // num_devices:

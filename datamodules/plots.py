@@ -19,7 +19,7 @@ def plot_partition(histogram: Tensor) -> tuple[Figure, Axes]:
         The figure and its axes; nothing is shown or saved.
     """
     counts = histogram.numpy()
-    figure = Figure(figsize=(max(5.0, 0.25 * len(counts) + 2), 3.5), layout="constrained")
+    figure = Figure(figsize=(min(max(5.0, 0.25 * len(counts) + 2), 24.0), 3.5), layout="constrained")
     axes = figure.add_subplot()
     bottom = np.zeros(len(counts))
     colors = mpl.colormaps["tab10" if counts.shape[1] <= 10 else "tab20"]

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from groundwire.plugins.random import Key
@@ -19,14 +20,14 @@ class Payload:
     Args:
         parts: What travels, by name; each tensor has the rows as its first dimension.
         numel: Entries ``d`` of each decoded row.
-        dtype_like: An empty tensor that has the dtype and device of the rows before encoding.
+        dtype: Dtype of the rows before encoding, and so of the decoded ones; their device is that of the parts.
         bits_ideal: Bits of the same messages, all rows together, under an ideal code; for reports only.
         meta: What sender and receiver know beforehand (settings, shared seeds); it does not travel and costs nothing.
     """
 
     parts: dict[str, Tensor]
     numel: int
-    dtype_like: Tensor
+    dtype: torch.dtype
     bits_ideal: float
     meta: dict[str, object] = field(default_factory=dict)
 

@@ -54,7 +54,7 @@ class DDSGDQuantizer(EntryLimited):
         count = pack_integers(mask.sum(1, keepdim=True), width_of(q))
         parts = {"value": value.float(), "count": count, "support": pack_mask(mask, q)}
         ideal = x.shape[0] * self.entry_bits(x.shape[1], q)
-        return Payload(parts=parts, numel=x.shape[1], dtype_like=x.new_empty(0), bits_ideal=ideal, meta={"q": q})
+        return Payload(parts=parts, numel=x.shape[1], dtype=x.dtype, bits_ideal=ideal, meta={"q": q})
 
     @override
     def decode(self, payload: Payload) -> Tensor:
@@ -62,7 +62,7 @@ class DDSGDQuantizer(EntryLimited):
         assert isinstance(q, int)
         count = unpack_integers(payload.parts["count"], width_of(q), 1)
         mask = unpack_mask(payload.parts["support"], count, payload.numel, q)
-        return torch.where(mask, payload.parts["value"], 0).to(payload.dtype_like.dtype)
+        return torch.where(mask, payload.parts["value"], 0).to(payload.dtype)
 
     @override
     def roundtrip(self, x: Tensor, key: Key) -> Message:

@@ -89,12 +89,14 @@ class ErrorMemory(nn.Module):
         """
         memory = self._of(name, residual)
         finite = torch.isfinite(residual.sum(dim=1))
-        everyone = self._is_everyone(devices)
-        if residual.device.type == "cpu" and everyone and bool(finite.all()):
-            memory.copy_(residual)
+        rows, residual = self._rows(devices, residual.device), residual.to(memory.dtype)
+        if residual.device.type == "cpu" and bool(finite.all()):  # asking a GPU would wait for it
+            if self._is_everyone(devices):
+                memory.copy_(residual)
+            else:
+                memory.index_copy_(0, rows, residual)
             return
-        rows = self._rows(devices, residual.device)
-        memory[rows] = torch.where(finite.unsqueeze(1), residual.to(memory.dtype), memory[rows])
+        memory[rows] = torch.where(finite.unsqueeze(1), residual, memory[rows])
 
     def residual(self, name: str = "update") -> Tensor:
         """The residuals under ``name``, shape ``(num_devices, n)``.
@@ -201,11 +203,9 @@ class ErrorFeedback(nn.Module):
             What the receiver holds, in the dtype of ``x``.
         """
         corrected = self.memory.correct(x, key.devices, name)
-        message = (compressor or self.compressor).roundtrip(corrected, key)
-        self.memory.keep(corrected - message.values, key.devices, name)
-        if message.values.dtype == x.dtype:
-            return message
-        return Message(values=message.values.to(x.dtype), bits_wire=message.bits_wire, bits_ideal=message.bits_ideal)
+        message = (compressor or self.compressor).roundtrip(corrected.to(x.dtype), key)
+        self.memory.keep(corrected - message.values, key.devices, name)  # with what was lost to the dtype of x
+        return message
 
     def hold(self, x: Tensor, key: Key, *, name: str = "update") -> Message:
         """A round in which nothing can be sent: all of ``x`` goes into the memory, and the receiver holds zeros.

@@ -31,22 +31,24 @@ def topk_mask(x: Tensor, k: int) -> Tensor:
     d = x.shape[-1]
     if k == 0 or k >= d:
         return torch.full(x.shape, k >= d > 0, dtype=torch.bool, device=x.device)
-    size = torch.nan_to_num(x.abs(), nan=torch.inf, posinf=torch.inf)
-    if size.device.type == "cpu" and size.dtype in (torch.float32, torch.float64):
-        ordered = np.partition(size.numpy(), d - k, axis=-1)[:, d - k, None]  # 1.5 times as fast as torch.topk
+    size = x.detach().abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    on_cpu = size.device.type == "cpu"
+    if on_cpu and size.dtype in (torch.float32, torch.float64) and k * 64 > d:  # below, torch.topk is up to 18 times as fast
+        ordered = np.partition(size.numpy(), d - k, axis=-1)[:, d - k, None]
         threshold = torch.from_numpy(np.ascontiguousarray(ordered))
+    else:
+        threshold = size.topk(k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    if on_cpu:  # no ties: the common case, and worth asking where that costs no synchronisation
         mask = size >= threshold
         if np.count_nonzero(mask.numpy()) == k * x.shape[0]:
             return mask
-    else:
-        threshold = size.topk(k, dim=-1, sorted=True).values[:, -1:]
     above, tied = size > threshold, size == threshold
     return above | (tied & (tied.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
 
 
-def mask_to_indices(mask: Tensor) -> Tensor:
-    """Positions of the true entries, ascending, shape ``(rows, k)``; every row must have equally many."""
-    return mask.nonzero()[:, 1].view(mask.shape[0], -1)
+def mask_to_indices(mask: Tensor, k: int) -> Tensor:
+    """Positions of the true entries, ascending, shape ``(rows, k)``; every row must have ``k`` of them."""
+    return mask.nonzero()[:, 1].view(mask.shape[0], k)
 
 
 def quantize_stochastically(x: Tensor, norm: Tensor, num_levels: int, uniform: Tensor) -> Tensor:
@@ -70,14 +72,15 @@ def d_dsgd_quantize(x: Tensor, q: int) -> tuple[Tensor, Tensor]:
 
     Of the ``q`` largest and the ``q`` smallest entries, those of the sign whose mean magnitude is larger are set to
     that mean, and everything else to zero. Only entries above zero count as positive, below as negative; at equal
-    means the negative ones are taken.
+    means the negative ones are taken. NaN counts as the largest of both signs, and makes the value NaN.
 
     Args:
         x: Rows, shape ``(rows, d)``.
-        q: Entries of each sign to consider, ``1 <= q <= d``.
+        q: Entries of each sign to consider, ``1 <= q <= d`` (0 for rows without entries).
 
     Returns:
-        ``(mask, value)``: which entries are kept, shape ``(rows, d)``, and what each row sets them to, ``(rows, 1)``.
+        ``(mask, value)``: which entries are kept, shape ``(rows, d)``, and what each row sets them to, ``(rows, 1)``,
+        in float32 at least.
 
     Raises:
         ValueError: If ``q`` is out of range.
@@ -85,13 +88,13 @@ def d_dsgd_quantize(x: Tensor, q: int) -> tuple[Tensor, Tensor]:
     Reference:
         Mohammadi Amiri, Gündüz, arXiv:1901.00844, Section III.
     """
-    if not 1 <= q <= x.shape[-1]:
+    if not min(1, x.shape[-1]) <= q <= x.shape[-1]:
         raise ValueError(f"`q` must be in [1, {x.shape[-1]}], got {q}.")
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     masks, means = [], []
-    for sign in (1, -1):
-        side = (sign * x).clamp_min(0)
-        mask = topk_mask(side, q) & (side > 0)
+    for side in (wide.clamp_min(0), (-wide).clamp_min_(0)):
+        mask = topk_mask(side, q) & (side != 0)
         masks.append(mask)
-        means.append((side * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp_min(1))
+        means.append(torch.where(mask, side, 0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp_min(1))
     positive = means[0] > means[1]
     return torch.where(positive, masks[0], masks[1]), torch.where(positive, means[0], -means[1])

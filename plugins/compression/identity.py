@@ -19,7 +19,7 @@ class Identity(Compressor):
     def encode(self, x: Tensor, key: Key) -> Payload:
         check_rows(x, key)
         bits = 8 * x.element_size() * x.numel()
-        return Payload(parts={"values": x}, numel=x.shape[1], dtype_like=x.new_empty(0), bits_ideal=bits)
+        return Payload(parts={"values": x}, numel=x.shape[1], dtype=x.dtype, bits_ideal=bits)
 
     @override
     def decode(self, payload: Payload) -> Tensor:

@@ -40,10 +40,12 @@ def pack_integers(values: Tensor, width: int) -> Tensor:
     if host.size and (host.min() < 0 or host.max() >= 2**width):
         raise ValueError(f"Integers must be in [0, {2**width}) to take {width} bits, got {host.min()} to {host.max()}.")
     if width == 1:
-        bits = host.astype(np.uint8)
+        bits = host.astype(np.uint8, copy=False)
     else:
-        shifts = np.arange(width, dtype=np.int64)
-        bits = ((host.astype(np.int64)[..., None] >> shifts) & 1).astype(np.uint8).reshape(host.shape[0], -1)
+        wide, each = host.astype(np.int64, copy=False), np.empty((*host.shape, width), dtype=np.uint8)
+        for bit in range(width):
+            each[..., bit] = (wide >> bit) & 1
+        bits = each.reshape(host.shape[0], host.shape[1] * width)
     return torch.from_numpy(np.packbits(bits, axis=1, bitorder="little")).to(values.device)
 
 
@@ -131,7 +133,9 @@ def enumerative_bytes(numel: int, k: int) -> int:
 
 
 def support_format(numel: int, k: int) -> str:
-    """The cheapest format for ``k`` of ``numel`` positions: ``"enumerative"`` for few entries, else indices or a bitmap."""
+    """The cheapest format for ``k`` of ``numel`` positions: nothing for all, the number for few, else indices or a bitmap."""
+    if k == numel:
+        return "all"
     if k <= ENUMERATIVE_LIMIT:
         return "enumerative"
     return "indices" if packed_bytes(k, width_of(numel - 1)) <= packed_bytes(numel, 1) else "bitmap"
@@ -140,6 +144,8 @@ def support_format(numel: int, k: int) -> str:
 def support_bytes(numel: int, k: int) -> int:
     """Bytes a row that :func:`pack_support` makes."""
     form = support_format(numel, k)
+    if form == "all":
+        return 0
     if form == "enumerative":
         return enumerative_bytes(numel, k)
     return packed_bytes(k, width_of(numel - 1)) if form == "indices" else packed_bytes(numel, 1)
@@ -148,6 +154,8 @@ def support_bytes(numel: int, k: int) -> int:
 def pack_support(indices: Tensor, numel: int) -> Tensor:
     """Encode ascending positions ``(rows, k)`` in the cheapest format, which ``numel`` and ``k`` alone decide."""
     form = support_format(numel, indices.shape[1])
+    if form == "all":
+        return torch.empty(indices.shape[0], 0, dtype=torch.uint8, device=indices.device)
     if form == "enumerative":
         return rank_support(indices, numel)
     if form == "indices":
@@ -159,6 +167,8 @@ def pack_support(indices: Tensor, numel: int) -> Tensor:
 def unpack_support(packed: Tensor, numel: int, k: int) -> Tensor:
     """Undo :func:`pack_support`: positions, int64, ascending, shape ``(rows, k)``."""
     form = support_format(numel, k)
+    if form == "all":
+        return torch.arange(numel, device=packed.device).expand(packed.shape[0], numel)
     if form == "enumerative":
         return unrank_support(packed, numel, k)
     if form == "indices":
@@ -185,11 +195,11 @@ def pack_mask(mask: Tensor, most: int) -> Tensor:
         Bytes, uint8, shape ``(rows, mask_bytes(d, most))``.
     """
     rows, numel = mask.shape
+    if most > ENUMERATIVE_LIMIT and packed_bytes(most, width_of(numel - 1)) > packed_bytes(numel, 1):
+        return pack_integers(mask.to(torch.uint8), 1)
     supports = [row.nonzero().flatten() for row in mask]
     if most <= ENUMERATIVE_LIMIT:
         return _to_bytes([_rank(s.tolist()) for s in supports], mask_bytes(numel, most)).to(mask.device)
-    if packed_bytes(most, width_of(numel - 1)) > packed_bytes(numel, 1):
-        return pack_integers(mask.to(torch.uint8), 1)
     padded = torch.zeros(rows, most, dtype=torch.int64, device=mask.device)
     for row, support in enumerate(supports):
         padded[row, : len(support)] = support

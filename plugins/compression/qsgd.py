@@ -111,7 +111,7 @@ class QSGD(EntryLimited):
         return Payload(
             parts=parts,
             numel=x.shape[1],
-            dtype_like=x.new_empty(0),
+            dtype=x.dtype,
             bits_ideal=x.shape[0] * self.entry_bits(x.shape[1], level.shape[1]),
             meta={"q": level.shape[1]},
         )
@@ -121,7 +121,7 @@ class QSGD(EntryLimited):
         q = payload.meta["q"]
         assert isinstance(q, int)
         codes = unpack_integers(payload.parts["codes"], self._width, q)
-        wide = torch.promote_types(payload.dtype_like.dtype, torch.float32)
+        wide = torch.promote_types(payload.dtype, torch.float32)
         level = torch.where(codes % 2 == 1, -(codes // 2), codes // 2).to(wide)
         support = payload.parts.get("support")
         indices = None if support is None else unpack_support(support, payload.numel, q)

@@ -14,6 +14,8 @@ from groundwire.plugins.random import Key
 class RandK(Compressor):
     """Keeps ``k`` random entries, the same for all devices of a round, so that only values travel and payloads add.
 
+    A row that is not finite is sent as NaN, wherever that entry lies.
+
     Args:
         density: Share of the entries kept, ``k / d``, in (0, 1]; at least one entry is kept.
         k: Entries kept, instead of ``density``; at most all of them.
@@ -48,12 +50,13 @@ class RandK(Compressor):
         k = kept(d, self.density, self.k)
         support = torch.randperm(d, generator=key.shared("randk"))[:k].sort().values.to(x.device)
         values = x[:, support]
-        if self.unbiased:
+        if self.unbiased and k < d:
             values = values * (d / k)
+        values = values.masked_fill(~x.isfinite().all(dim=1, keepdim=True), torch.nan)
         return Payload(
             parts={"values": values},
             numel=d,
-            dtype_like=x.new_empty(0),
+            dtype=x.dtype,
             bits_ideal=8 * values.numel() * values.element_size(),
             meta={"support": support},
         )

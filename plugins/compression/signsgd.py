@@ -64,15 +64,15 @@ class SignSGD(EntryLimited):
         if self.scaled:
             parts["scale"] = chosen.abs().float().mean(dim=1, keepdim=True)
         ideal = x.shape[0] * self.entry_bits(d, q)
-        return Payload(parts=parts, numel=d, dtype_like=x.new_empty(0), bits_ideal=ideal, meta={"q": q})
+        return Payload(parts=parts, numel=d, dtype=x.dtype, bits_ideal=ideal, meta={"q": q})
 
     @override
     def decode(self, payload: Payload) -> Tensor:
         q = payload.meta["q"]
         assert isinstance(q, int)
-        signs = (2 * unpack_integers(payload.parts["signs"], 1, q) - 1).to(payload.dtype_like.dtype)
+        signs = (2 * unpack_integers(payload.parts["signs"], 1, q) - 1).to(payload.dtype)
         if self.scaled:
-            signs = (signs * payload.parts["scale"]).to(payload.dtype_like.dtype)
+            signs = (signs * payload.parts["scale"]).to(payload.dtype)
         if q == payload.numel:
             return signs
         indices = unpack_support(payload.parts["support"], payload.numel, q)

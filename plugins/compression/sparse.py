@@ -6,10 +6,12 @@ import copy
 from abc import abstractmethod
 from typing import Self
 
+from torch import Tensor
 from typing_extensions import override
 
 from groundwire.plugins.compression.base import RateAdaptive
 from groundwire.plugins.compression.budget import largest_within
+from groundwire.plugins.compression.functional import mask_to_indices, topk_mask
 
 
 class EntryLimited(RateAdaptive):
@@ -47,6 +49,21 @@ class EntryLimited(RateAdaptive):
 
     def _entries(self, numel: int) -> int:
         return min(numel if self.num_entries is None else self.num_entries, numel)
+
+    def _choose(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The entries of largest magnitude, ``(rows, q)``, and their positions, ascending; None if all are sent."""
+        q = self._entries(x.shape[1])
+        if q == x.shape[1]:
+            return x, None
+        indices = mask_to_indices(topk_mask(x, q), q)
+        return x.gather(1, indices), indices
+
+    @staticmethod
+    def _place(values: Tensor, indices: Tensor | None, numel: int) -> Tensor:
+        """Rows of ``numel`` entries with ``values`` where :meth:`_choose` took them, else zero."""
+        if indices is None:
+            return values
+        return values.new_zeros(values.shape[0], numel).scatter_(1, indices, values)
 
     @override
     def extra_repr(self) -> str:

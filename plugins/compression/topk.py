@@ -44,11 +44,9 @@ class TopK(Compressor):
     def encode(self, x: Tensor, key: Key) -> Payload:
         check_rows(x, key)
         k = kept(x.shape[1], self.density, self.k)
-        indices = mask_to_indices(topk_mask(x, k))
+        indices = mask_to_indices(topk_mask(x, k), k)
         parts = {"values": x.gather(1, indices), "support": pack_support(indices, x.shape[1])}
-        return Payload(
-            parts=parts, numel=x.shape[1], dtype_like=x.new_empty(0), bits_ideal=self._ideal(x, k), meta={"k": k}
-        )
+        return Payload(parts=parts, numel=x.shape[1], dtype=x.dtype, bits_ideal=self._bits(x, k)[1])
 
     @override
     def decode(self, payload: Payload) -> Tensor:
@@ -60,14 +58,16 @@ class TopK(Compressor):
     def roundtrip(self, x: Tensor, key: Key) -> Message:
         check_rows(x, key)
         k = kept(x.shape[1], self.density, self.k)
-        bits = 8 * x.shape[0] * (k * x.element_size() + support_bytes(x.shape[1], k))
-        return Message(
-            values=torch.where(topk_mask(x, k), x, 0), bits_wire=bits, bits_ideal=min(bits, self._ideal(x, k))
-        )
+        wire, ideal = self._bits(x, k)
+        return Message(values=torch.where(topk_mask(x, k), x, 0), bits_wire=wire, bits_ideal=ideal)
 
     @staticmethod
-    def _ideal(x: Tensor, k: int) -> float:
-        return x.shape[0] * (8 * k * x.element_size() + log2_binomial(x.shape[1], k))
+    def _bits(x: Tensor, k: int) -> tuple[int, float]:
+        """On the wire and ideal, all rows together."""
+        rows, d = x.shape
+        wire = 8 * rows * (k * x.element_size() + support_bytes(d, k))
+        ideal = rows * (8 * k * x.element_size() + log2_binomial(d, k))
+        return wire, min(wire, ideal)  # the logarithm may be rounded up
 
     @override
     def alpha(self, numel: int) -> float:

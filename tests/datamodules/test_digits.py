@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule
 from sklearn.datasets import load_digits
 
 from groundwire.datamodules import Digits, TensorLoader
-from helpers.datamodules import Recorder, check_resume, check_resume_after_an_error, check_split_data
+from helpers.datamodules import Recorder, check_datamodule
 from helpers.edge import trainer
 
 
 def test_shared_checks() -> None:
-    check_split_data(lambda seed: Digits(batch_size=100, seed=seed))
-    check_resume(lambda: Digits(batch_size=400, seed=3))
-    check_resume_after_an_error(lambda: Digits(batch_size=400, seed=3))
-    check_resume(lambda: Digits(batch_size=100, seed=3), limit_train_batches=4)
-    check_resume(lambda: Digits(batch_size=400, seed=3), reload_dataloaders_every_n_epochs=1)
+    check_datamodule(Digits, {"batch_size": 32, "flatten": True, "seed": 5})
 
 
 def test_splits_are_disjoint_and_complete() -> None:
@@ -64,13 +60,31 @@ def test_a_checkpoint_of_another_seed(seeded) -> None:  # type: ignore[no-untype
         differs.load_state_dict(first.state_dict())
 
 
-def test_built_from_yaml() -> None:
-    parser = ArgumentParser()
-    parser.add_argument("--data", type=LightningDataModule)
-    config = parser.parse_string("data: {class_path: groundwire.datamodules.Digits, init_args: {batch_size: 32}}")
-    data = parser.instantiate(config).data
-    assert isinstance(data, Digits)
-    assert data.batch_size == 32
+def test_validating_or_testing_does_not_lose_the_place_in_training(tmp_path: Path) -> None:
+    whole, first, resumed = Recorder(), Recorder(), Recorder()
+    trainer(steps=7).fit(whole, Digits(batch_size=400, seed=3))
+    t, data = trainer(steps=3), Digits(batch_size=400, seed=3)
+    t.fit(first, data)
+    t.validate(first, data, verbose=False)
+    t.test(first, data, verbose=False)
+    t.save_checkpoint(tmp_path / "last.ckpt")
+    trainer(steps=7).fit(resumed, Digits(batch_size=400, seed=3), ckpt_path=str(tmp_path / "last.ckpt"))
+    for ours, theirs in zip(resumed.seen, whole.seen[3:], strict=True):
+        assert torch.equal(ours[1], theirs[1])
+
+
+def test_a_second_fit_begins_anew() -> None:
+    data, first, second = Digits(batch_size=400, seed=3), Recorder(), Recorder()
+    trainer(steps=3).fit(first, data)
+    trainer(steps=3).fit(second, data)
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(first.seen, second.seen, strict=True))
+
+
+def test_without_validation_data() -> None:
+    data, recorder = Digits(val_fraction=0, test_fraction=0, batch_size=400), Recorder()
+    trainer(steps=2).fit(recorder, data)
+    assert len(data.train_data[0]) == 1797
+    assert not recorder.evaluated["val"]
 
 
 def test_bad_input_by_message() -> None:

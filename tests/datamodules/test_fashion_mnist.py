@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from groundwire.datamodules import DatasetMissingError, FashionMNIST
+from groundwire.datamodules import DatasetMissingError, FashionMNIST, Federated
 from groundwire.datamodules import fashion_mnist as room
 from groundwire.datamodules.fashion_mnist import CONTENT, DEBIAN_FOLDER, read_idx
-from helpers.datamodules import check_split_data
+from helpers.datamodules import check_datamodule
 
 real_files = pytest.mark.skipif(
     not (DEBIAN_FOLDER / "train-images-idx3-ubyte.gz").is_file(),
@@ -52,7 +52,14 @@ def test_reads_gzipped_and_plain_files(tmp_path: Path, compressed: bool) -> None
     assert (len(data.train_data[0]), len(data.val_data[0]), len(data.test_data[0])) == (50, 10, 20)
     images = read_idx(next(tmp_path.glob("t10k-images*")))
     np.testing.assert_array_equal(data.test_data[0][:, 0].numpy() * 255, images)
-    check_split_data(lambda seed: FashionMNIST(root=tmp_path, num_val=10, seed=seed, batch_size=7))
+
+
+def test_shared_checks(tmp_path: Path) -> None:
+    write_small(tmp_path)
+    check_datamodule(
+        functools.partial(FashionMNIST, root=tmp_path, num_val=10),
+        {"num_val": 5000, "num_train": 100, "flatten": True, "drop_last": True},
+    )
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
@@ -64,6 +71,8 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         (good[:-1], r"should have 18 bytes for shape \(3, 2\), but has 17"),
         (good + b"x", r"should have 18 bytes for shape \(3, 2\), but has 19"),
         (gzip.compress(good)[:-9], "is a damaged gzip file"),
+        (gzip.compress(good)[:10] + b"\xff" * 20, "is a damaged gzip file"),
+        (gzip.compress(good)[:-5] + b"\xff" + gzip.compress(good)[-4:], "is a damaged gzip file"),
     ]:
         file = tmp_path / "file"
         file.write_bytes(content)
@@ -133,12 +142,46 @@ def test_download_checks_before_it_keeps(
     data.prepare_data()  # what is there is not fetched again
 
 
-@real_files
-def test_real_files() -> None:
-    for name, digest in CONTENT.items():
-        assert hashlib.sha256(gzip.decompress((DEBIAN_FOLDER / f"{name}.gz").read_bytes())).hexdigest() == digest
+def test_downloads_that_fail_leave_nothing(server: tuple[str, Path], tmp_path: Path) -> None:
+    url, served = server
+    mine = tmp_path / "mine"
+    (served / "train-images-idx3-ubyte.gz").write_bytes(b"<html>moved</html>")
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz is no gzip file .* Use another `url`"):
+        FashionMNIST(root=mine, download=True, url=url).prepare_data()
+    (served / "train-images-idx3-ubyte.gz").unlink()
+    with pytest.raises(DatasetMissingError, match=r"cannot be fetched \(HTTP Error 404.*three ways"):
+        FashionMNIST(root=mine, download=True, url=url).prepare_data()
+    with pytest.raises(DatasetMissingError, match=r"cannot be fetched \(.*Is there a network"):
+        FashionMNIST(root=mine, download=True, url="http://127.0.0.1:9/").prepare_data()
+    assert not list(mine.iterdir())
+
+
+@pytest.fixture(scope="module")
+def real() -> FashionMNIST:
     data = FashionMNIST(root=DEBIAN_FOLDER, seed=0, flatten=True)
     data.setup()
+    return data
+
+
+@real_files
+def test_the_a_dsgd_settings_on_real_labels(real: FashionMNIST) -> None:
+    data = Federated(real, num_devices=25, partition="by_label", samples_per_device=1000, seed=0)
+    data.setup("fit")
+    assert all(sorted(row[row > 0].tolist()) == [500, 500] for row in data.class_histogram())
+    first, second = (batch for _ in range(2) for batch in data.train_dataloader())
+    assert first.data[0].shape == (25, 1000, 784)
+    assert first.data[0].data_ptr() == second.data[0].data_ptr(), "nothing is copied"
+    held = data.partition.indices
+    assert len(held.unique()) == 25_000
+    assert torch.equal(first.data[0].view(-1, 784), real.train_data[0][held])
+    assert torch.equal(first.data[1].flatten(), real.train_data[1][held])
+
+
+@real_files
+def test_real_files(real: FashionMNIST) -> None:
+    for name, digest in CONTENT.items():
+        assert hashlib.sha256(gzip.decompress((DEBIAN_FOLDER / f"{name}.gz").read_bytes())).hexdigest() == digest
+    data = real
     assert data.train_data[0].shape == (50_000, 784)
     assert torch.bincount(torch.cat([data.train_data[1], data.val_data[1]])).tolist() == [6000] * 10
     assert torch.bincount(data.test_data[1]).tolist() == [1000] * 10

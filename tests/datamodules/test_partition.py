@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -66,6 +66,88 @@ def test_every_sample_has_one_device(n: int, devices: int, classes: int, seed: i
     again = make[kind]()
     assert torch.equal(again.indices, partition.indices)
     assert torch.equal(again.counts, partition.counts)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    devices=st.integers(1, 12),
+    size=st.integers(1, 8),
+    classes_per_device=st.integers(1, 3),
+    spare=st.integers(0, 60),
+    seed=st.integers(0, 99),
+    kind=st.sampled_from(["iid", "shards", "by_label"]),
+)
+def test_sizes_that_are_asked_for(
+    devices: int, size: int, classes_per_device: int, spare: int, seed: int, kind: str
+) -> None:
+    size *= classes_per_device
+    n = devices * size + spare
+    labels = torch.randint(0, 5, (n,), generator=torch.Generator().manual_seed(seed))
+    try:
+        if kind == "iid":
+            partition = iid(labels, devices, samples_per_device=size, seed=seed)
+        elif kind == "shards":
+            partition = shards(labels, devices, shards_per_device=1, samples_per_device=size, seed=seed)
+        else:
+            partition = by_label(
+                labels, devices, classes_per_device=classes_per_device, samples_per_device=size, seed=seed
+            )
+    except PartitionError:
+        assert kind == "by_label"  # the classes may not have enough left
+        return
+    assert partition.counts.tolist() == [size] * devices
+    assert len(partition.indices.unique()) == devices * size
+    assert 0 <= int(partition.indices.min()) <= int(partition.indices.max()) < n
+    if kind == "by_label":
+        for m in range(devices):
+            held = torch.bincount(labels[partition.device(m)])
+            assert held[held > 0].tolist() == [size // classes_per_device] * classes_per_device
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 500), devices=st.integers(1, 30), skew=st.floats(0, 50), seed=st.integers(0, 99))
+def test_skewed_sizes_sum_to_the_samples(n: int, devices: int, skew: float, seed: int) -> None:
+    if devices > n:
+        return
+    counts = iid(torch.zeros(n, dtype=torch.int64), devices, quantity_skew=skew, seed=seed).counts
+    assert int(counts.sum()) == n
+    assert int(counts.min()) >= 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(alpha=st.floats(0.3, 100), least=st.integers(1, 8), seed=st.integers(0, 99))
+def test_dirichlet_keeps_its_promise_of_fewest_samples(alpha: float, least: int, seed: int) -> None:
+    try:
+        partition = dirichlet(balanced(400), 10, alpha=alpha, min_samples=least, seed=seed)
+    except PartitionError:
+        reject()  # hypothesis fails if this is the rule
+    assert int(partition.counts.min()) >= least
+    assert partition.indices.sort().values.tolist() == list(range(400))
+
+
+@pytest.mark.parametrize("alpha", [1e-300, 1e-5, 1e5])
+def test_dirichlet_at_the_ends(alpha: float) -> None:
+    labels = balanced(1000)
+    histogram = dirichlet(labels, 3, alpha=alpha, seed=1).class_histogram(labels, 10)
+    if alpha < 1:
+        assert sorted(histogram.flatten().unique().tolist()) == [0, 100], "each class has one holder"
+    else:
+        assert int((histogram.double() - 100 / 3).abs().max()) <= 2
+
+
+def test_distance_falls_with_alpha() -> None:
+    labels = balanced(60_000)
+    distances = [
+        distance_to_uniform(dirichlet(labels, 100, alpha=alpha, seed=0, max_tries=200), labels)
+        for alpha in (0.05, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
+    ]
+    assert distances == sorted(distances, reverse=True)
+
+
+def test_labels_that_nobody_has_are_no_class() -> None:
+    labels = torch.tensor([2, 2, 2, 7, 7, 7])
+    partition = by_label(labels, 2, classes_per_device=1, seed=0)
+    assert sorted(labels[partition.device(m)].tolist() for m in range(2)) == [[2, 2, 2], [7, 7, 7]]
 
 
 def test_histogram_counts_labels() -> None:
@@ -130,6 +212,12 @@ def test_quantity_skew_spreads_sizes_and_zero_does_not() -> None:
         (lambda y: iid(y, 10, quantity_skew=-1.0), "`quantity_skew` must be >= 0"),
         (lambda y: iid(y, 10, quantity_skew=1.0, samples_per_device=2), "cannot go with `samples_per_device`"),
         (lambda y: dirichlet(y, 10, alpha=0.0), "dirichlet alpha must be > 0; got 0.0"),
+        (lambda y: dirichlet(y, 10, alpha=float("inf")), "dirichlet alpha must be finite; got inf"),
+        (lambda y: iid(y, 10, quantity_skew=float("inf")), "must be >= 0 and finite"),
+        (lambda y: by_label(y - 1, 5), r"Labels must be int64, >= 0 and of shape \(n,\)"),
+        (lambda y: iid(y.float(), 5), r"got torch.float32 \(100,\)"),
+        (lambda y: shards(y.view(-1, 2), 5), r"got torch.int64 \(50, 2\)"),
+        (lambda y: dirichlet(y, 10, alpha=1.0, min_samples=11), "10 devices of 11 samples each need 110"),
         (
             lambda y: dirichlet(y, 40, alpha=0.01, min_samples=2, max_tries=2),
             r"device \d+ got [01] samples \(min_samples=2\) after 2 tries; raise alpha",
