@@ -25,6 +25,10 @@ class PowerSchedule(ABC):
     def __call__(self, round: int, num_rounds: int) -> float:
         """Energy ``P_t`` of one device in ``round``, counted from 0, of a run of ``num_rounds`` rounds."""
 
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name.removeprefix('_')}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({settings})"
+
     def average(self, num_rounds: int) -> float:
         """Mean of the energy over a run of ``num_rounds`` rounds.
 
@@ -76,9 +80,6 @@ class ConstantPower(PowerSchedule):
             raise ValueError(f"`round` counts from 0, got {round}.")
         return self._power
 
-    def __repr__(self) -> str:
-        return f"ConstantPower({self._power})"
-
 
 class LinearPower(PowerSchedule):
     """Energy that goes from ``low`` in the first round to ``high`` in the last, in equal increments.
@@ -110,9 +111,6 @@ class LinearPower(PowerSchedule):
         if num_rounds == 1:
             return (self.low + self.high) / 2
         return self.low + (self.high - self.low) * (round / (num_rounds - 1))
-
-    def __repr__(self) -> str:
-        return f"LinearPower({self.low}, {self.high})"
 
 
 class StepPower(PowerSchedule):
@@ -148,9 +146,6 @@ class StepPower(PowerSchedule):
                 f"`levels` has {len(self.levels)} energies, but the run has only {num_rounds} rounds; drop some levels."
             )
         return self.levels[round * len(self.levels) // num_rounds]
-
-    def __repr__(self) -> str:
-        return f"StepPower({list(self.levels)})"
 
 
 def check_power(power: float) -> float:

@@ -33,7 +33,8 @@ def topk_mask(x: Tensor, k: int) -> Tensor:
         return torch.full(x.shape, k >= d > 0, dtype=torch.bool, device=x.device)
     size = x.detach().abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
     on_cpu = size.device.type == "cpu"
-    if on_cpu and size.dtype in (torch.float32, torch.float64) and k * 64 > d:  # below, torch.topk is up to 18 times as fast
+    # torch.topk is up to 18 times as fast while k <= d / 64, and up to 1.6 times as slow beyond
+    if on_cpu and size.dtype in (torch.float32, torch.float64) and k * 64 > d:
         ordered = np.partition(size.numpy(), d - k, axis=-1)[:, d - k, None]
         threshold = torch.from_numpy(np.ascontiguousarray(ordered))
     else:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Self
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from groundwire.plugins.compression.base import Message, Payload, check_rows, log2_binomial
-from groundwire.plugins.compression.functional import mask_to_indices, quantize_stochastically, topk_mask
+from groundwire.plugins.compression.functional import quantize_stochastically
 from groundwire.plugins.compression.packing import (
     pack_integers,
     pack_support,
@@ -37,7 +38,7 @@ class QSGD(EntryLimited):
         num_entries: Entries sent; None for all.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or a budget of bits is to choose entries of buckets.
 
     Reference:
         Alistarh et al., "QSGD: Communication-Efficient SGD via Gradient Quantization and Encoding", NeurIPS 2017.
@@ -70,6 +71,14 @@ class QSGD(EntryLimited):
             return 32 * self._buckets(numel) + numel * math.log2(2 * self.num_levels + 1)
         return 32 + log2_binomial(numel, num_entries) + (1 + math.log2(self.num_levels)) * num_entries
 
+    @override
+    def for_budget(self, numel: int, bits: float) -> Self | None:
+        if self.bucket_size is not None:
+            raise ValueError(
+                f"A budget of bits chooses `num_entries`, which does not go with `bucket_size`, got {self.bucket_size}."
+            )
+        return super().for_budget(numel, bits)
+
     def _buckets(self, numel: int) -> int:
         return 1 if self.bucket_size is None else -(-numel // self.bucket_size)
 
@@ -80,30 +89,27 @@ class QSGD(EntryLimited):
     def _quantize(self, x: Tensor, key: Key) -> tuple[Tensor, Tensor, Tensor | None]:
         """Signed levels ``(rows, q)``, norms ``(rows, buckets)``, and the positions ``(rows, q)`` if not all are sent."""
         check_rows(x, key)
-        d, q = x.shape[1], self._entries(x.shape[1])
-        indices = mask_to_indices(topk_mask(x, q)) if q < d else None
-        chosen = (x if indices is None else x.gather(1, indices)).to(torch.promote_types(x.dtype, torch.float32))
+        chosen, indices = self._choose(x)
+        chosen, q = chosen.to(torch.promote_types(x.dtype, torch.float32)), chosen.shape[1]
         uniform = key.rows(
             "qsgd", lambda g: torch.rand(q, generator=g, dtype=chosen.dtype, device=x.device), on=x.device
         )
-        size = self.bucket_size or q
-        pad = -q % size
-        buckets = torch.nn.functional.pad(chosen, (0, pad)).reshape(len(x), -1, size)
+        size, count = self.bucket_size or max(q, 1), self._buckets(q)
+        buckets = torch.nn.functional.pad(chosen, (0, size * count - q)).reshape(len(x), count, size)
         norm = torch.linalg.vector_norm(buckets, dim=2).float()
         spread = norm.to(chosen.dtype).repeat_interleave(size, dim=1)[:, :q]
         level = quantize_stochastically(chosen, spread, self.num_levels, uniform)
         return torch.where(chosen < 0, -level, level), norm, indices
 
-    def _dequantize(self, level: Tensor, norm: Tensor, indices: Tensor | None, like: Tensor, numel: int) -> Tensor:
+    def _dequantize(self, level: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
+        """Values ``(rows, q)`` of signed levels."""
         spread = norm.to(level.dtype).repeat_interleave(self.bucket_size or max(level.shape[1], 1), dim=1)
-        values = (level * (spread[:, : level.shape[1]] / self.num_levels)).to(like.dtype)
-        if indices is None:
-            return values
-        return values.new_zeros(values.shape[0], numel).scatter_(1, indices, values)
+        return (level * (spread[:, : level.shape[1]] / self.num_levels)).to(dtype)
 
     @override
     def encode(self, x: Tensor, key: Key) -> Payload:
         level, norm, indices = self._quantize(x, key)
+        level = level.nan_to_num(0.0)  # a norm that is not finite, which travels, makes NaN of every level
         codes = 2 * level.abs().to(torch.int64) + (level < 0)
         parts = {"codes": pack_integers(codes, self._width), "norm": norm}
         if indices is not None:
@@ -125,16 +131,15 @@ class QSGD(EntryLimited):
         level = torch.where(codes % 2 == 1, -(codes // 2), codes // 2).to(wide)
         support = payload.parts.get("support")
         indices = None if support is None else unpack_support(support, payload.numel, q)
-        return self._dequantize(level, payload.parts["norm"], indices, payload.dtype_like, payload.numel)
+        return self._place(self._dequantize(level, payload.parts["norm"], payload.dtype), indices, payload.numel)
 
     @override
     def roundtrip(self, x: Tensor, key: Key) -> Message:
         level, norm, indices = self._quantize(x, key)
         rows, q = level.shape
-        size = packed_bytes(q, self._width) + 4 * norm.shape[1]
-        size += 0 if indices is None else support_bytes(x.shape[1], q)
+        size = packed_bytes(q, self._width) + 4 * norm.shape[1] + support_bytes(x.shape[1], q)
         return Message(
-            values=self._dequantize(level, norm, indices, x, x.shape[1]),
+            values=self._place(self._dequantize(level, norm, x.dtype), indices, x.shape[1]),
             bits_wire=8 * rows * size,
             bits_ideal=rows * self.entry_bits(x.shape[1], q),
         )

@@ -7,7 +7,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from groundwire.plugins.compression.base import Message, Payload, check_rows, log2_binomial
-from groundwire.plugins.compression.functional import mask_to_indices, topk_mask
 from groundwire.plugins.compression.packing import (
     pack_integers,
     pack_support,
@@ -22,6 +21,8 @@ from groundwire.plugins.random import Key
 
 class SignSGD(EntryLimited):
     """Sends the signs of all entries, or of the ``num_entries`` of largest magnitude; zero counts as positive.
+
+    One bit cannot say NaN: without ``scaled`` it is sent as negative, with it the whole row becomes NaN.
 
     The server's majority vote is :class:`groundwire.plugins.edge.MajorityVote`; their mean, as in the comparison with
     A-DSGD, is the default aggregator.
@@ -52,17 +53,13 @@ class SignSGD(EntryLimited):
     @override
     def encode(self, x: Tensor, key: Key) -> Payload:
         check_rows(x, key)
-        d, q = x.shape[1], self._entries(x.shape[1])
-        parts = {}
-        if q < d:
-            indices = mask_to_indices(topk_mask(x, q))
+        chosen, indices = self._choose(x)
+        d, q = x.shape[1], chosen.shape[1]
+        parts = {"signs": pack_integers((chosen >= 0).to(torch.uint8), 1)}
+        if indices is not None:
             parts["support"] = pack_support(indices, d)
-            chosen = x.gather(1, indices)
-        else:
-            chosen = x
-        parts["signs"] = pack_integers((chosen >= 0).to(torch.uint8), 1)
         if self.scaled:
-            parts["scale"] = chosen.abs().float().mean(dim=1, keepdim=True)
+            parts["scale"] = self._scale(chosen)
         ideal = x.shape[0] * self.entry_bits(d, q)
         return Payload(parts=parts, numel=d, dtype=x.dtype, bits_ideal=ideal, meta={"q": q})
 
@@ -73,25 +70,26 @@ class SignSGD(EntryLimited):
         signs = (2 * unpack_integers(payload.parts["signs"], 1, q) - 1).to(payload.dtype)
         if self.scaled:
             signs = (signs * payload.parts["scale"]).to(payload.dtype)
-        if q == payload.numel:
-            return signs
-        indices = unpack_support(payload.parts["support"], payload.numel, q)
-        return signs.new_zeros(signs.shape[0], payload.numel).scatter_(1, indices, signs)
+        support = payload.parts.get("support")
+        indices = None if support is None else unpack_support(support, payload.numel, q)
+        return self._place(signs, indices, payload.numel)
 
     @override
     def roundtrip(self, x: Tensor, key: Key) -> Message:
         check_rows(x, key)
-        d, q = x.shape[1], self._entries(x.shape[1])
-        values = torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
-        mask = topk_mask(x, q) if q < d else None
+        chosen, indices = self._choose(x)
+        (rows, d), q = x.shape, chosen.shape[1]
+        signs = torch.where(chosen >= 0, 1.0, -1.0).to(x.dtype)
         if self.scaled:
-            chosen = x if mask is None else x.gather(1, mask_to_indices(mask))
-            values = (values * chosen.abs().float().mean(dim=1, keepdim=True)).to(x.dtype)
-        if mask is not None:
-            values = torch.where(mask, values, 0)
-        size = packed_bytes(q, 1) + (support_bytes(d, q) if q < d else 0) + 4 * self.scaled
-        rows = x.shape[0]
-        return Message(values=values, bits_wire=8 * rows * size, bits_ideal=rows * self.entry_bits(d, q))
+            signs = (signs * self._scale(chosen)).to(x.dtype)
+        size = packed_bytes(q, 1) + support_bytes(d, q) + 4 * self.scaled
+        return Message(
+            values=self._place(signs, indices, d), bits_wire=8 * rows * size, bits_ideal=rows * self.entry_bits(d, q)
+        )
+
+    @staticmethod
+    def _scale(chosen: Tensor) -> Tensor:
+        return chosen.abs().float().mean(dim=1, keepdim=True)
 
     @override
     def alpha(self, numel: int) -> float | None:

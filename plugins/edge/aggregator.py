@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from groundwire.plugins.edge.part import Part
 
 
-class Aggregator(nn.Module, ABC):
+class Aggregator(Part, ABC):
     """Combines received rows into one vector; pure in its inputs."""
 
     @abstractmethod

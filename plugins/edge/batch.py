@@ -11,7 +11,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True)  # not frozen: precision plugins convert its tensors in place of themselves
 class DeviceBatch:
     """One round's data of ``M`` devices.
 
@@ -23,7 +23,7 @@ class DeviceBatch:
         lengths: If given, row ``m`` has only ``lengths[m] <= B`` real samples, the rest is padding, shape ``(M,)``.
 
     Raises:
-        ValueError: If the leaves do not share their first two dimensions or disagree with the ids.
+        ValueError: If the leaves do not share their first two dimensions, or ids, counts or lengths are impossible.
 
     Example:
         >>> batch = DeviceBatch(data=(torch.zeros(2, 8, 3), torch.zeros(2, 8)), device_ids=torch.tensor([0, 5]),
@@ -48,6 +48,13 @@ class DeviceBatch:
             value = getattr(self, name)
             if value is not None and value.shape != (leaves[0].shape[0],):
                 raise ValueError(f"`{name}` must have shape ({leaves[0].shape[0]},), got {tuple(value.shape)}.")
+        ids = self.device_ids.tolist()
+        if min(ids) < 0 or len(set(ids)) < len(ids):
+            raise ValueError(f"`device_ids` must be distinct and >= 0, got {ids}.")
+        if int(self.num_samples.min()) < 1:
+            raise ValueError(f"`num_samples` must be at least 1 a device, got {self.num_samples.tolist()}.")
+        if self.lengths is not None and not 1 <= int(self.lengths.min()) <= int(self.lengths.max()) <= self.batch_size:
+            raise ValueError(f"`lengths` must be in [1, {self.batch_size}], got {self.lengths.tolist()}.")
 
     def leaves(self) -> list[Tensor]:
         """All tensors of ``data``."""
@@ -102,7 +109,8 @@ class DeviceBatch:
             A batch whose tensors are views of the given ones.
 
         Raises:
-            ValueError: If a leaf has no sample dimension, or the samples cannot be split evenly.
+            ValueError: If a leaf has no sample dimension, the samples cannot be split evenly, or there is a list with
+                one entry a sample that is not a tensor.
         """
         leaves: list[Tensor] = []
         apply_to_collection(batch, Tensor, leaves.append)
@@ -113,6 +121,7 @@ class DeviceBatch:
                 "number of samples in its first dimension."
             )
         samples = sizes.pop()
+        _refuse_unsplittable(batch, samples)
         if samples % num_devices:
             raise ValueError(
                 f"A batch of {samples} samples cannot be split evenly over {num_devices} devices. Use a batch size "
@@ -124,3 +133,21 @@ class DeviceBatch:
             device_ids=torch.arange(num_devices),
             num_samples=torch.full((num_devices,), per_device),
         )
+
+
+def _refuse_unsplittable(collection: Any, samples: int) -> None:
+    """A list of strings, as loaders make of them, would go whole to every device."""
+    if isinstance(collection, Tensor | str | bytes):
+        return
+    if isinstance(collection, dict):
+        collection = list(collection.values())
+    elif isinstance(collection, list | tuple) and len(collection) == samples:
+        kinds = {type(item).__name__ for item in collection if not isinstance(item, Tensor | list | tuple | dict)}
+        if kinds:
+            raise ValueError(
+                f"The batch holds a {type(collection).__name__} of {samples} {' or '.join(sorted(kinds))}, one a sample, "
+                "which cannot be split over devices. Leave it out of the batch, or make a tensor of it."
+            )
+    if isinstance(collection, list | tuple):
+        for item in collection:
+            _refuse_unsplittable(item, samples)

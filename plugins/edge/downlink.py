@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from groundwire.plugins.edge.ledger import Cost
+from groundwire.plugins.edge.part import Part
 from groundwire.plugins.edge.round import Round
 
 
-class Downlink(nn.Module, ABC):
+class Downlink(Part, ABC):
     """Brings the server's model to the devices at the beginning of a round."""
 
     exact: bool = False

@@ -5,9 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
-from torch import nn
-
 from groundwire.plugins.edge.layout import Params
+from groundwire.plugins.edge.part import Part
 
 
 class Gradient(Protocol):
@@ -21,7 +20,7 @@ class Gradient(Protocol):
         ...
 
 
-class LocalWork(nn.Module, ABC):
+class LocalWork(Part, ABC):
     """Turns a device's received model into the update it sends, which points like a gradient."""
 
     @abstractmethod
@@ -108,7 +107,3 @@ class LocalSGD(LocalWork):
             outputs.append(out)
         assert update is not None  # num_steps >= 1
         return update, outputs
-
-    def extra_repr(self) -> str:
-        """The settings."""
-        return f"lr={self.lr}, num_steps={self.num_steps}, batch_size={self.batch_size}"

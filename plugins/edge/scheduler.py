@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from groundwire.plugins.edge.part import Part
 from groundwire.plugins.random import stream
 
 
-class Scheduler(nn.Module, ABC):
+class Scheduler(Part, ABC):
     """Chooses, before any local work, which of the devices that have data this round take part."""
 
     @abstractmethod
@@ -67,7 +68,3 @@ class UniformSample(Scheduler):
             )
         generator = stream(seed, purpose="schedule", round=round_index)
         return torch.randperm(len(device_ids), generator=generator)[: self.num_scheduled].sort().values
-
-    def extra_repr(self) -> str:
-        """The settings."""
-        return f"num_scheduled={self.num_scheduled}"

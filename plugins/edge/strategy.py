@@ -25,6 +25,7 @@ from groundwire.plugins.edge.downlink import Downlink, PerfectDownlink
 from groundwire.plugins.edge.layout import ParameterLayout
 from groundwire.plugins.edge.ledger import Cost, Ledger
 from groundwire.plugins.edge.local import LocalGradient, LocalWork
+from groundwire.plugins.edge.logged import over_devices
 from groundwire.plugins.edge.round import Round
 from groundwire.plugins.edge.scheduler import AllDevices, Scheduler
 from groundwire.plugins.edge.updates import DeviceUpdates, DeviceWorker
@@ -57,10 +58,13 @@ class EdgeStrategy(SingleDeviceStrategy):
     ``..._cumulative``, on the Trainer's logging steps.
 
     A batch is a :class:`DeviceBatch` (from ``groundwire.datamodules.Federated``) or any ordinary batch, which is split
-    evenly over the devices. All state is in the Lightning checkpoint: a run that was killed and resumed equals one
-    that was not, bit for bit. With one device, :class:`ErrorFree` and a module that draws no random numbers in its
+    evenly over the devices; hooks that get the batch, such as ``on_after_batch_transfer``, get it whole. All state is
+    in the Lightning checkpoint: with a loader that resumes, a run that was killed and resumed equals one that was not,
+    bit for bit, from any checkpoint written between two steps. With one device, :class:`ErrorFree` and a module that draws no random numbers in its
     step, the run equals that of a plain Trainer, bit for bit. Random draws inside the step (dropout) depend on the
-    seed, round and device, not on the global stream; in the loop and at once they differ.
+    seed, round and device, not on the global stream; in the loop and at once they differ. Buffers that the step changes
+    (BatchNorm statistics) are averaged over the devices. In a vectorised round, parameters that the loss does not
+    depend on get zero gradients.
 
     Args:
         num_devices: Simulated devices in the population, at least 1.
@@ -138,6 +142,7 @@ class EdgeStrategy(SingleDeviceStrategy):
         self._device_is_given = device is not None
         self._to_restore: dict[str, Any] | None = None
         self._root_seed = 0
+        self._is_fitting = False
 
     # ---------------------------------------------------------------- set-up
 
@@ -186,8 +191,11 @@ class EdgeStrategy(SingleDeviceStrategy):
         self.downlink.setup(numel=self.layout.numel, num_devices=self.num_devices)
         self.parts.to(self.root_device)
         self._worker = DeviceWorker(module, self.layout, self.local, self.vectorize)
+        if trainer.global_step == 0:
+            self.round_index, self.ledger = 0, Ledger(self.num_devices)
         if to_restore is not None:
             self._restore(to_restore)
+        self._is_fitting = True
 
     def _refuse_what_does_not_fit(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         name = type(module).__name__
@@ -196,21 +204,25 @@ class EdgeStrategy(SingleDeviceStrategy):
                 f"EdgeStrategy needs automatic optimization, but {name} sets `automatic_optimization = False`. Return "
                 "the loss from `training_step` and let Lightning step the optimizer."
             )
-        if len(self.optimizers) != 1:
-            raise MisconfigurationException(
-                f"EdgeStrategy needs exactly one optimizer, which acts at the server, but {name} configures "
-                f"{len(self.optimizers)}. Put the parameters in groups of one optimizer."
-            )
         if trainer.accumulate_grad_batches != 1:
+            self._refuse_accumulation(trainer)
+        if isinstance(self.optimizers[0], torch.optim.LBFGS):
             raise MisconfigurationException(
-                f"EdgeStrategy makes one round of every batch, so accumulate_grad_batches="
-                f"{trainer.accumulate_grad_batches} has no meaning. Set it to 1 and give each device a larger batch."
+                "EdgeStrategy makes one round of every step, but LBFGS evaluates the loss several times a step. Use an "
+                "optimizer that evaluates it once."
             )
         if getattr(self.precision_plugin, "scaler", None) is not None:
             raise MisconfigurationException(
                 "EdgeStrategy does not scale the devices' losses, so precision='16-mixed' would lose small gradients. "
                 "Use 'bf16-mixed' or '32-true'."
             )
+
+    @staticmethod
+    def _refuse_accumulation(trainer: pl.Trainer) -> None:
+        raise MisconfigurationException(
+            "EdgeStrategy makes one round of every batch, so accumulate_grad_batches="
+            f"{trainer.accumulate_grad_batches} has no meaning. Set it to 1 and give each device a larger batch."
+        )
 
     # ---------------------------------------------------------------- a round
 
@@ -233,6 +245,8 @@ class EdgeStrategy(SingleDeviceStrategy):
         assert module is not None
         assert layout is not None
         assert worker is not None
+        if module.trainer.accumulate_grad_batches != 1:  # a callback may have changed it since setup
+            self._refuse_accumulation(module.trainer)
         devices = batch if isinstance(batch, DeviceBatch) else DeviceBatch.split(batch, self.num_devices)
         devices, plan = self._plan(devices)
 
@@ -242,7 +256,7 @@ class EdgeStrategy(SingleDeviceStrategy):
         with self.precision_plugin.train_step_context():
             updates = worker(devices, args, received_model, plan)
         with torch.no_grad():
-            updates, plan = self._only_finite(updates, plan)
+            updates, plan, kept = self._only_finite(updates, plan)
             received = self.uplink(updates.rows, plan)
             estimate = self.aggregator(received.rows, received.weights)
             if not torch.isfinite(estimate.sum()):
@@ -252,15 +266,21 @@ class EdgeStrategy(SingleDeviceStrategy):
                     f"{type(self.aggregator).__name__}). The weights were not changed."
                 )
             loss = updates.losses @ plan.weights.to(updates.losses.dtype)
+            if updates.buffers is not None:
+                updates.buffers.write(kept, plan.weights)
         downlink_cost = self.downlink.cost(layout.numel, plan)
         metrics = dict(received.metrics)
         if self.on_nonfinite == "drop":
             metrics["round/dropped_devices"] = len(devices) - len(plan.devices)
-        batch_size = len(devices) * devices.batch_size
+        sizes = [devices.batch_size] * len(devices) if devices.lengths is None else devices.lengths.tolist()
+        batch_size = sum(sizes[row] for row in kept)
         self._log(module, updates, plan, metrics, received.cost, downlink_cost, batch_size)
         self.round_index += 1
 
-        gradients = tuple(layout.unflatten(estimate).values())
+        gradients = tuple(
+            None if name in updates.unused and not bool(gradient.any()) else gradient
+            for name, gradient in layout.unflatten(estimate).items()
+        )
         trainable = (p for p in module.parameters() if p.requires_grad)
         loss = _GradientInjection.apply(loss, gradients, *trainable)  # type: ignore[no-untyped-call]
         return {"loss": loss, **updates.extras} if updates.extras else loss
@@ -280,16 +300,16 @@ class EdgeStrategy(SingleDeviceStrategy):
         planned = trainer.estimated_stepping_batches if trainer is not None else float("inf")
         plan = Round(
             index=self.round_index,
-            num_rounds=int(planned) if planned != float("inf") else None,
+            num_rounds=int(planned) if 0 < planned < float("inf") else None,
             key=Key(seed=self._root_seed, round=self.round_index, devices=tuple(batch.device_ids.tolist())),
-            weights=(weights / weights.sum()).to(self.root_device, torch.float32),
+            weights=(weights / weights.sum()).to(self.root_device, self.layout.dtype if self.layout else torch.float32),
         )
         return batch, plan
 
-    def _only_finite(self, updates: DeviceUpdates, plan: Round) -> tuple[DeviceUpdates, Round]:
+    def _only_finite(self, updates: DeviceUpdates, plan: Round) -> tuple[DeviceUpdates, Round, list[int]]:
         finite = torch.isfinite(updates.rows.sum(dim=1))  # one pass: NaN and infinity survive a sum
         if bool(finite.all()):
-            return updates, plan
+            return updates, plan, list(range(len(plan.devices)))
         bad = [plan.devices[row] for row in (~finite).nonzero().flatten().tolist()]
         first = updates.rows[int((~finite).nonzero()[0])]
         what = (
@@ -302,19 +322,11 @@ class EdgeStrategy(SingleDeviceStrategy):
                 + (", or leave such devices out with on_nonfinite='drop'." if self.on_nonfinite == "raise" else ".")
             )
         rank_zero_warn(f"{what}; on_nonfinite='drop' leaves it out of this round.")
-        rows = finite.nonzero().flatten()
-        position = {int(row): new for new, row in enumerate(rows.tolist())}
-        kept = DeviceUpdates(rows=updates.rows[rows], losses=updates.losses[rows], log_options=updates.log_options)
-        for name, values in updates.logged.items():
-            here = [i for i, row in enumerate(updates.logged_rows[name].tolist()) if row in position]
-            if here:
-                kept.logged[name] = values[here]
-                kept.logged_rows[name] = torch.tensor([position[int(updates.logged_rows[name][i])] for i in here])
+        rows: list[int] = finite.nonzero().flatten().tolist()
         weights = plan.weights[rows]
-        devices = tuple(plan.devices[row] for row in rows.tolist())
-        key = Key(seed=plan.key.seed, round=plan.key.round, devices=devices)
-        dropped = Round(index=plan.index, num_rounds=plan.num_rounds, key=key, weights=weights / weights.sum())
-        return kept, dropped
+        key = Key(seed=plan.key.seed, round=plan.key.round, devices=tuple(plan.devices[row] for row in rows))
+        fewer = Round(index=plan.index, num_rounds=plan.num_rounds, key=key, weights=weights / weights.sum())
+        return updates.select(rows), fewer, rows
 
     def _log(
         self,
@@ -327,10 +339,9 @@ class EdgeStrategy(SingleDeviceStrategy):
         batch_size: int,
     ) -> None:
         for name, values in updates.logged.items():
-            weights = plan.weights[updates.logged_rows[name].to(plan.weights.device)].to(values.dtype)
-            module.log(
-                name, (values @ weights) / weights.sum(), **{"batch_size": batch_size} | updates.log_options[name]
-            )
+            options = {"batch_size": batch_size} | updates.log_options[name]
+            weights = plan.weights[updates.logged_rows[name].to(plan.weights.device)]
+            module.log(name, over_devices(values, weights, options.get("reduce_fx", "mean")), **options)
         entries: dict[str, Any] = self.ledger.add(uplink=uplink, downlink=downlink, devices=plan.devices)
         if not self._is_logging_step(module.trainer, plan):
             return
@@ -359,20 +370,29 @@ class EdgeStrategy(SingleDeviceStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        if self.layout is not None and "optimizer_states" in checkpoint:  # a weights-only checkpoint stays one
+        if self._worker is not None and "optimizer_states" in checkpoint:  # a weights-only checkpoint stays one
             checkpoint = checkpoint | {_CHECKPOINT_KEY: self._state()}
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        self._to_restore = checkpoint.get(_CHECKPOINT_KEY)
-        if self._to_restore is None and "optimizer_states" in checkpoint:
+        state = checkpoint.get(_CHECKPOINT_KEY)
+        if state is not None and self._is_fitting:  # within a fit, as a learning-rate finder does
+            self._restore(state)
+        else:
+            self._to_restore = state
+        if state is None and "optimizer_states" in checkpoint:
             rank_zero_warn(
                 f"{checkpoint_path} was not written by an EdgeStrategy: the weights and the optimizer are restored, "
                 "rounds, error memories and the ledger start anew."
             )
         return checkpoint
+
+    @override
+    def teardown(self) -> None:
+        self._is_fitting = False
+        super().teardown()
 
     def _state(self) -> dict[str, Any]:
         assert self._worker is not None
@@ -411,11 +431,11 @@ class _GradientInjection(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, gradients: tuple[Tensor | None, ...], *parameters: Tensor) -> Tensor:
         ctx.gradients = gradients
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grad_outputs
-        return None, None, *(scale.to(g.dtype) * g for g in ctx.gradients)
+        return None, None, *(None if g is None else scale.to(g.dtype) * g for g in ctx.gradients)

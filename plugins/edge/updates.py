@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -18,8 +19,10 @@ from torch.func import functional_call, grad_and_value, vmap
 from torchmetrics import Metric
 
 from groundwire.plugins.edge.batch import DeviceBatch
+from groundwire.plugins.edge.buffers import DeviceBuffers
 from groundwire.plugins.edge.layout import ParameterLayout, Params
 from groundwire.plugins.edge.local import LocalWork
+from groundwire.plugins.edge.logged import LogRecorder
 from groundwire.plugins.edge.round import Round
 
 log = logging.getLogger(__name__)
@@ -43,6 +46,8 @@ class DeviceUpdates:
         logged_rows: For each name, the rows that logged it.
         log_options: The options the module passed to ``self.log``, by name.
         extras: What else ``training_step`` returned, with a leading device dimension.
+        buffers: What the devices left in the module's buffers; not written yet.
+        unused: Parameters that no device's loss depends on, as far as is known.
     """
 
     rows: Tensor
@@ -51,6 +56,28 @@ class DeviceUpdates:
     logged_rows: dict[str, Tensor] = field(default_factory=dict)
     log_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     extras: Any = None
+    buffers: DeviceBuffers | None = None
+    unused: frozenset[str] = frozenset()
+
+    def select(self, rows: list[int]) -> DeviceUpdates:
+        """Only some devices, by their rows; ``rows`` and ``buffers`` aside, everything is taken over as it was."""
+        position = {row: new for new, row in enumerate(rows)}
+        index = torch.tensor(rows, device=self.rows.device)
+        stacked = not (isinstance(self.extras, dict) and "devices" in self.extras)
+        kept = replace(
+            self,
+            rows=self.rows[index],
+            losses=self.losses[index],
+            extras=apply_to_collection(self.extras, Tensor, lambda leaf: leaf[index]) if stacked else self.extras,
+            logged={},
+            logged_rows={},
+        )
+        for name, values in self.logged.items():
+            here = [i for i, row in enumerate(self.logged_rows[name].tolist()) if row in position]
+            if here:
+                kept.logged[name] = values[here]
+                kept.logged_rows[name] = torch.tensor([position[int(self.logged_rows[name][i])] for i in here])
+        return kept
 
 
 class _StepModule(nn.Module):
@@ -62,50 +89,6 @@ class _StepModule(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         return self.pl_module.training_step(*args)
-
-
-class _Logged:
-    """Stands in for ``LightningModule.log`` while the devices work: keeps the values for their mean."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Tensor]
-        self.options: dict[str, dict[str, Any]]
-        self.metrics: dict[str, Metric]
-        self.reset()
-
-    def __call__(self, name: str, value: Any, *args: Any, **options: Any) -> None:
-        if args:
-            raise TypeError(f"self.log({name!r}, ...) takes its options by keyword, got {args}.")
-        self.options[name] = options
-        if isinstance(value, Metric):
-            self.metrics[name] = value
-            return
-        value = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
-        if value.numel() != 1:
-            raise ValueError(f"self.log({name!r}, ...) takes one number, got shape {tuple(value.shape)}.")
-        self.values[name] = value.reshape(())
-
-    def reset(self) -> None:
-        """Forget an attempt that failed."""
-        self.values, self.options, self.metrics = {}, {}, {}
-
-    def take(self) -> dict[str, Tensor]:
-        """The values since the last call."""
-        values, self.values = self.values, {}
-        return values
-
-    @contextmanager
-    def installed(self, pl_module: pl.LightningModule) -> Iterator[None]:
-        """Shadow ``pl_module.log`` (``log_dict`` goes through it), and put back what was there."""
-        shadowed = pl_module.__dict__.get("log")
-        pl_module.__dict__["log"] = self
-        try:
-            yield
-        finally:
-            if shadowed is None:
-                del pl_module.__dict__["log"]
-            else:
-                pl_module.__dict__["log"] = shadowed
 
 
 def vectorization_obstacle(module: nn.Module) -> str | None:
@@ -164,6 +147,8 @@ class DeviceWorker:
         self._step = _StepModule(pl_module)
         self._metrics = [sub for sub in pl_module.modules() if isinstance(sub, Metric)]
         self._prefers_loop: bool | None = None
+        self._proven = False  # a round has run vectorised
+        self._warned_of_ragged = False
         self._rows: Tensor | None = None
         device = pl_module.device
         self._streams = [torch.default_generator]
@@ -185,11 +170,14 @@ class DeviceWorker:
         Raises:
             MisconfigurationException: If ``vectorize=True`` and the module does not allow it.
         """
-        recorder = _Logged()
-        with recorder.installed(self._pl_module), self._own_random_stream():
+        recorder = LogRecorder(self._pl_module)
+        with recorder.installed(), self._own_random_stream():
             if self._wants_vectorized(batch):
                 try:
-                    return self._vectorized(batch, args, received, recorder, round)
+                    with nullcontext() if self._proven else _attributes_kept(self._pl_module):
+                        updates = self._vectorized(batch, args, received, recorder, round)
+                    self._proven = True
+                    return updates
                 except (RuntimeError, TypeError, NotImplementedError) as error:  # what torch.func refuses with
                     self._give_up_vectorizing(_cause(error), error)
                     recorder.reset()
@@ -198,13 +186,12 @@ class DeviceWorker:
     def _wants_vectorized(self, batch: DeviceBatch) -> bool:
         if self.vectorize is False or self.fell_back:
             return False
-        ragged = batch.lengths is not None and bool((batch.lengths != batch.batch_size).any())
-        obstacle = (
-            "the devices hold different numbers of samples" if ragged else vectorization_obstacle(self._pl_module)
-        )
+        obstacle = vectorization_obstacle(self._pl_module)
         if obstacle is not None:
             self._give_up_vectorizing(obstacle)
             return False
+        if batch.lengths is not None and bool((batch.lengths != batch.batch_size).any()):
+            return self._loops_this_round("the devices hold different numbers of samples")
         if self.vectorize is True:
             return True
         if self._prefers_loop is None:
@@ -212,6 +199,14 @@ class DeviceWorker:
             if self._prefers_loop:
                 rank_zero_info("EdgeStrategy runs the devices in a loop: faster for convolutions on a CPU.")
         return len(batch) > 1 and not self._prefers_loop
+
+    def _loops_this_round(self, cause: str) -> bool:
+        if self.vectorize is True:
+            self._give_up_vectorizing(cause)
+        if not self._warned_of_ragged:
+            self._warned_of_ragged = True
+            rank_zero_warn(f"EdgeStrategy runs the devices in a loop where it cannot run them at once: {cause}.")
+        return False
 
     def _give_up_vectorizing(self, cause: str, error: Exception | None = None) -> None:
         if self.vectorize is True:
@@ -240,7 +235,7 @@ class DeviceWorker:
     # ---------------------------------------------------------------- all devices at once
 
     def _vectorized(
-        self, batch: DeviceBatch, args: Sequence[Any], received: Tensor | None, recorder: _Logged, round: Round
+        self, batch: DeviceBatch, args: Sequence[Any], received: Tensor | None, recorder: LogRecorder, round: Round
     ) -> DeviceUpdates:
         own = self._own_parameters()
         model = own if received is None else self.layout.unflatten(received)
@@ -306,10 +301,13 @@ class DeviceWorker:
     # ---------------------------------------------------------------- one device after the other
 
     def _loop(
-        self, batch: DeviceBatch, args: Sequence[Any], received: Tensor | None, recorder: _Logged, round: Round
+        self, batch: DeviceBatch, args: Sequence[Any], received: Tensor | None, recorder: LogRecorder, round: Round
     ) -> DeviceUpdates:
         own = self._own_parameters()
-        buffers = _BufferAverage(self._pl_module, round.weights) if len(batch) > 1 else None
+        buffers = DeviceBuffers(self._pl_module)
+        # Hooks on parameters are for the server's gradient, not for each device's: then compute at copies of them.
+        hooked = any(p._backward_hooks for p in self._pl_module.parameters())
+        unused = set(self.layout.names)
         rows, losses, extras = [], [], []
         logged: dict[str, list[Tensor]] = {}
         logged_rows: dict[str, list[int]] = {}
@@ -323,7 +321,7 @@ class DeviceWorker:
                 part = data
                 if samples != slice(None):
                     part = apply_to_collection(data, Tensor, lambda leaf: leaf[samples])
-                if params is own:
+                if params is own and not hooked:
                     leaves: list[Tensor] = [p for p in self._pl_module.parameters() if p.requires_grad]
                     output = self._pl_module.training_step(part, *args)
                 else:
@@ -337,8 +335,13 @@ class DeviceWorker:
                         f"`training_step` returned a loss without a graph for device {device}: it must depend on the "
                         "module's trainable parameters."
                     )
-                grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-                return dict(zip(self.layout.names, grads, strict=True)), (loss.detach(), recorder.take(), extra)
+                found = torch.autograd.grad(loss, leaves, allow_unused=True)
+                unused.difference_update(n for n, g in zip(self.layout.names, found, strict=True) if g is not None)
+                grads = {
+                    name: torch.zeros_like(leaf) if grad is None else grad
+                    for name, leaf, grad in zip(self.layout.names, leaves, found, strict=True)
+                }
+                return grads, (loss.detach(), recorder.take(), extra)
 
             size = batch.batch_size if batch.lengths is None else int(batch.lengths[m])
             update, outputs = self.local(gradient, model, size)
@@ -348,10 +351,7 @@ class DeviceWorker:
                 logged.setdefault(name, []).append(value)
                 logged_rows.setdefault(name, []).append(m)
             extras.append(apply_to_collection(outputs[-1][2], Tensor, torch.Tensor.detach))
-            if buffers is not None:
-                buffers.collect(m)
-        if buffers is not None:
-            buffers.write()
+            buffers.collect()
         updates = DeviceUpdates(
             rows=torch.stack(rows),
             losses=torch.stack(losses),
@@ -359,6 +359,8 @@ class DeviceWorker:
             logged_rows={name: torch.tensor(index) for name, index in logged_rows.items()},
             log_options=recorder.options,
             extras=_stack_extras(extras),
+            buffers=buffers,
+            unused=frozenset(unused),
         )
         for name, metric in recorder.metrics.items():  # they have added up over the devices by themselves
             type(self._pl_module).log(self._pl_module, name, metric, **recorder.options.pop(name))
@@ -375,33 +377,44 @@ class DeviceWorker:
         return own
 
 
-class _BufferAverage:
-    """Every device starts from the server's buffers (BatchNorm statistics); their mean is what the server keeps.
+@contextmanager
+def _attributes_kept(pl_module: pl.LightningModule) -> Iterator[None]:
+    """Try something: undo what it does to plain attributes if it fails, or if a tensor of all devices escapes into one.
 
-    Floating buffers take the weighted mean, others (counters) the largest value.
+    Such a tensor is dead outside ``vmap``; code that keeps losses in a list would find out at the end of the epoch.
     """
+    attributes = pl_module.__dict__
+    before = dict(attributes)
+    contents = {
+        name: copy.copy(value)
+        for name, value in before.items()
+        if isinstance(value, list | dict) and name not in ("_modules", "_parameters")
+    }
+    buffers = [(sub, dict(sub._buffers)) for sub in pl_module.modules()]
+    try:
+        yield
+        for name, value in [*attributes.items(), *((n, b) for n, b in pl_module.named_buffers())]:
+            if any(torch._C._functorch.is_functorch_wrapped_tensor(leaf) for leaf in _leaves_of(value)):
+                raise CannotVectorizeError(f"`training_step` keeps a tensor of one device in `self.{name}`")
+    except BaseException:
+        for name in attributes.keys() - before.keys():
+            del attributes[name]
+        attributes.update(before)
+        for name, content in contents.items():
+            value = before[name]
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
+        for sub, held in buffers:
+            sub._buffers.update(held)
+        raise
 
-    def __init__(self, module: nn.Module, weights: Tensor) -> None:
-        self._buffers = dict(module.named_buffers())
-        self._start = {name: b.clone() for name, b in self._buffers.items()}
-        self._weights = weights
-        self._kept: dict[str, Tensor] = {}
 
-    def collect(self, row: int) -> None:
-        """Take over what device ``row`` left, and put the server's buffers back for the next one."""
-        for name, buffer in self._buffers.items():
-            if buffer.is_floating_point():
-                part = (buffer - self._start[name]) * self._weights[row].to(buffer.dtype)
-                self._kept[name] = part if name not in self._kept else self._kept[name] + part
-            else:
-                self._kept[name] = buffer.clone() if row == 0 else torch.maximum(self._kept[name], buffer)
-            buffer.copy_(self._start[name])
-
-    def write(self) -> None:
-        """Write the combined buffers into the module."""
-        for name, buffer in self._buffers.items():
-            kept = self._kept[name]
-            buffer.copy_(self._start[name] + kept if buffer.is_floating_point() else kept)
+def _leaves_of(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [leaf for item in value if isinstance(item, Tensor | list | tuple | dict) for leaf in _leaves_of(item)]
+    return [leaf for item in value.values() for leaf in _leaves_of(item)] if isinstance(value, dict) else []
 
 
 def _split_output(output: Any) -> tuple[Tensor, Any]:

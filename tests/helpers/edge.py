@@ -126,7 +126,7 @@ def check_strategy_part(
         module: What to train.
     """
     module = module if module is not None else Classifier(mlp())
-    on, _, losses = fit(build(), module)
+    on, t, losses = fit(build(), module)
     again, _, _ = fit(build(), module)
     assert torch.equal(on, again), "the same settings and seed must give the same weights"
     assert torch.isfinite(on).all()
@@ -137,7 +137,7 @@ def check_strategy_part(
         switched_off, _, off_losses = fit(off(), module)
         assert torch.equal(plain, switched_off), "switched off, it must equal the plain Trainer bit for bit"
         assert plain_losses == off_losses
-    check_resume(build, module, losses, on)
+    check_resume(build, module, losses, on, t.strategy)
 
 
 class Killed(pl.Callback):
@@ -155,7 +155,11 @@ class Killed(pl.Callback):
 
 
 def check_resume(
-    build: Callable[[], EdgeStrategy], module: pl.LightningModule, losses: list[float], final: Tensor
+    build: Callable[[], EdgeStrategy],
+    module: pl.LightningModule,
+    losses: list[float],
+    final: Tensor,
+    uninterrupted: EdgeStrategy,
 ) -> None:
     """Kill a run of six rounds (four an epoch) between checkpoints and go on in a new Trainer: nothing may differ."""
     for step in (2, 4):  # a checkpoint within an epoch, and one at its end
@@ -170,6 +174,10 @@ def check_resume(
             t.fit(fresh, Stateful(loader()), ckpt_path=str(Path(folder) / f"step={step}.ckpt"))
             assert recorded.values == losses[step:]
             assert torch.equal(weights(fresh), final)
+            assert t.strategy.round_index == uninterrupted.round_index == 6
+            assert t.strategy.ledger.rounds == 6
+            assert t.strategy.ledger.totals == uninterrupted.ledger.totals
+            assert torch.equal(t.strategy.ledger.energy_per_device, uninterrupted.ledger.energy_per_device)
 
 
 class Stateful:

@@ -10,7 +10,6 @@ from typing_extensions import override
 
 from groundwire.plugins.channels import (
     AMP,
-    ConstantPower,
     Decoder,
     GaussianMAC,
     PowerSchedule,
@@ -20,8 +19,8 @@ from groundwire.plugins.channels import (
 from groundwire.plugins.compression import ErrorMemory, TopK
 from groundwire.plugins.edge.ledger import Cost
 from groundwire.plugins.edge.round import Round
-from groundwire.plugins.edge.uplinks.bandwidth import resolve_channel_uses
 from groundwire.plugins.edge.uplinks.base import Received, Uplink
+from groundwire.plugins.edge.uplinks.resources import PowerBudget, resolve_channel_uses
 
 _PILOT_SIGMAS = 3.0  # below this many noise standard deviations the scaling symbol says nothing
 
@@ -35,8 +34,8 @@ class ADSGD(Uplink):
     the projected vector, which is removed from it. The server divides by the received scale and decodes.
 
     What the server estimates is the mean of the sparsified updates weighted by ``sqrt(alpha_m)``, the devices'
-    amplitudes: a device with a larger update counts for less. Sample counts enter by scaling the updates by
-    ``M * weight`` before transmission (a factor of 1 for devices with equally many samples).
+    amplitudes: a device with a larger update counts for less. Sample counts enter through the amplitudes, too: the
+    device with the most samples spends ``P_t``, one with a share ``r`` of its samples ``r^2 P_t``.
 
     In a round in which the scaling symbol is received below three standard deviations of the noise, nothing can be
     decoded: the estimate is zero, what was sent goes back into the error memories, and ``uplink/silent`` is 1.
@@ -91,7 +90,7 @@ class ADSGD(Uplink):
             raise ValueError(f"`mean_removal_rounds` must be >= 0, got {mean_removal_rounds}.")
         if not pilot_gain > 0:
             raise ValueError(f"`pilot_gain` must be > 0, got {pilot_gain}.")
-        self.power = power if isinstance(power, PowerSchedule) else ConstantPower(power)
+        self.power = PowerBudget(power, average_power)
         self.channel = channel or GaussianMAC()
         self.bandwidth = 0.5 if bandwidth is None and channel_uses is None else bandwidth
         self.channel_uses = channel_uses
@@ -101,7 +100,6 @@ class ADSGD(Uplink):
         self.decoder = decoder or AMP()
         self.mean_removal_rounds = mean_removal_rounds
         self.pilot_gain = pilot_gain
-        self.average_power = average_power
         self.memory = ErrorMemory()
         self._sparsify: TopK
         self._plain: Projection
@@ -122,6 +120,7 @@ class ADSGD(Uplink):
                 f"A-DSGD keeps k={k} entries for s={uses} channel uses, but needs 1 <= k < s: sparse recovery cannot "
                 "find more entries than it has measurements. Lower `sparsity` or `num_entries`, or raise the bandwidth."
             )
+        self.memory.reset_state()
         self.memory.setup(num_devices)
         self._sparsify = TopK(k=k)
         self._plain = make_projection(self.projection, uses - 1, numel, seed)
@@ -129,17 +128,16 @@ class ADSGD(Uplink):
 
     @override
     def forward(self, updates: Tensor, round: Round) -> Received:
-        if self.average_power is not None and round.num_rounds is not None:
-            self.power.check_average(self.average_power, round.num_rounds)
-        power = self.power(round.index, round.num_rounds or 0)
+        power = self.power.of(round)
         removes_mean = round.index < self.mean_removal_rounds
         projection = self._mean_removed if removes_mean else self._plain
 
-        share = round.weights * len(round.weights)
-        corrected = self.memory.correct(updates * share.unsqueeze(1).to(updates.dtype), round.devices)
+        corrected = self.memory.correct(updates, round.devices)
         sparse = self._sparsify.roundtrip(corrected, round.key).values
         projected = projection.mv(sparse.to(projection.dtype))
-        symbols, amplitude = modulate(projected, power, pilot_gain=self.pilot_gain, removes_mean=removes_mean)
+        symbols, amplitude = modulate(
+            projected, power, share=round.weights, pilot_gain=self.pilot_gain, removes_mean=removes_mean
+        )
         heard = self.channel(symbols, round.key)
         measured, pilot = demodulate(heard.symbols, pilot_gain=self.pilot_gain, removes_mean=removes_mean)
 
@@ -149,9 +147,10 @@ class ADSGD(Uplink):
 
         estimate = recovery.x.to(updates.dtype)
         target = (amplitude.to(updates.dtype) @ sparse) / amplitude.sum()
+        energy = target.square().sum()
         metrics = {
             "uplink/silent": (~heard_well).to(torch.float32),
-            "uplink/nmse": (estimate - target).square().sum() / target.square().sum().clamp_min(1e-38),
+            "uplink/nmse": torch.where(energy > 0, (estimate - target).square().sum() / energy, 0),
             "uplink/decoder_iterations": recovery.iterations,
             "uplink/decoder_diverged": recovery.diverged,
         }
@@ -159,29 +158,28 @@ class ADSGD(Uplink):
         one = torch.ones(1, dtype=round.weights.dtype, device=updates.device)
         return Received(rows=estimate.unsqueeze(0), weights=one, cost=cost, metrics=metrics)
 
-    @override
-    def extra_repr(self) -> str:
-        return (
-            f"power={self.power}, bandwidth={self.bandwidth}, channel_uses={self.channel_uses}, "
-            f"sparsity={self.sparsity}, num_entries={self.num_entries}, projection={self.projection!r}, "
-            f"mean_removal_rounds={self.mean_removal_rounds}, pilot_gain={self.pilot_gain}"
-        )
-
 
 def modulate(
-    projected: Tensor, power: float, *, pilot_gain: float = 1.0, removes_mean: bool = False
+    projected: Tensor,
+    power: float,
+    *,
+    share: Tensor | None = None,
+    pilot_gain: float = 1.0,
+    removes_mean: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Scale projected updates to the power of the round and append what the server needs to undo it.
 
     Args:
         projected: Projected updates, shape ``(M, n)``.
-        power: Energy ``P_t`` that each device spends.
+        power: Energy ``P_t`` that a device spends.
+        share: How much each device is to count for, shape ``(M,)``, up to a common factor: its amplitude is lowered in
+            proportion to the largest. None for all alike.
         pilot_gain: Amplitude ``c`` of the scaling symbol before scaling.
         removes_mean: Subtract each row's mean, and send it as a symbol of its own.
 
     Returns:
-        ``(symbols, amplitude)``: symbols ``(M, n + 1)``, or ``(M, n + 2)`` with the mean, of energy ``power`` in every
-        row; and the amplitude ``sqrt(alpha_m)`` of each device, shape ``(M,)``.
+        ``(symbols, amplitude)``: symbols ``(M, n + 1)``, or ``(M, n + 2)`` with the mean, of energy ``power`` in the
+        rows of largest share; and the amplitude ``sqrt(alpha_m)`` of each device, shape ``(M,)``.
     """
     pilot = projected.new_full((projected.shape[0], 1), pilot_gain)
     parts = [projected, pilot]
@@ -189,7 +187,10 @@ def modulate(
         mean = projected.mean(dim=1, keepdim=True)
         parts = [projected - mean, mean, pilot]
     frame = torch.cat(parts, dim=1)
-    amplitude = power**0.5 / torch.linalg.vector_norm(frame, dim=1)
+    amplitude = power**0.5 / torch.linalg.vector_norm(frame, dim=1, dtype=torch.float64)  # squares beyond float32
+    if share is not None:
+        amplitude = amplitude * (share / share.max())
+    amplitude = amplitude.to(frame.dtype)
     return frame * amplitude.unsqueeze(1), amplitude
 
 

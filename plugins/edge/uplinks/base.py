@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from groundwire.plugins.edge.ledger import Cost
+from groundwire.plugins.edge.part import Part
 from groundwire.plugins.edge.round import Round
 
 
@@ -29,12 +30,15 @@ class Received:
     metrics: Mapping[str, Tensor | float] = field(default_factory=dict)
 
 
-class Uplink(nn.Module, ABC):
+class Uplink(Part, ABC):
     """Carries updates from the devices to the server. State (error memory) is keyed by device id."""
 
     def setup(self, *, numel: int, num_devices: int, seed: int) -> None:  # a hook: some need nothing
-        """Allocate state for updates of ``numel`` entries from ``num_devices`` devices; called before any round."""
+        """Forget what was before, and allocate state for updates of ``numel`` entries from ``num_devices`` devices."""
 
     @abstractmethod
     def forward(self, updates: Tensor, round: Round) -> Received:
-        """Send ``updates``, shape ``(M, d)``, row ``i`` from device ``round.devices[i]``; they are not modified."""
+        """Send ``updates``, shape ``(M, d)``, row ``i`` from device ``round.devices[i]``.
+
+        They are not to be modified, nor kept beyond the round: their memory is used again.
+        """

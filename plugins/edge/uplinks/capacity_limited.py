@@ -7,12 +7,12 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from groundwire.plugins.channels import ConstantPower, GaussianMAC, PowerSchedule
+from groundwire.plugins.channels import GaussianMAC, PowerSchedule
 from groundwire.plugins.compression import ErrorFeedback, Message, RateAdaptive
 from groundwire.plugins.edge.ledger import Cost
 from groundwire.plugins.edge.round import Round
-from groundwire.plugins.edge.uplinks.bandwidth import resolve_channel_uses
 from groundwire.plugins.edge.uplinks.base import Received, Uplink
+from groundwire.plugins.edge.uplinks.resources import PowerBudget, resolve_channel_uses
 
 
 class CapacityLimited(Uplink):
@@ -25,7 +25,9 @@ class CapacityLimited(Uplink):
 
     With :class:`DDSGDQuantizer` and ``error_feedback=True`` this is D-DSGD; with :class:`SignSGD` or :class:`QSGD` and
     no error feedback, the schemes that the paper compares it with. Capacity is an idealisation: coding is assumed to
-    reach it, so messages arrive without error.
+    reach it, so messages arrive without error. So is the paper's count of bits that decides the resolution, which is
+    fractional (``uplink/bits_ideal``): in whole bytes a message (``uplink/bits``) can exceed the capacity by a few
+    per cent.
 
     Args:
         compressor: A compressor that adapts to a budget of bits.
@@ -61,24 +63,22 @@ class CapacityLimited(Uplink):
         super().__init__()
         self.compressor = compressor
         self.feedback = ErrorFeedback(compressor) if error_feedback else None
-        self.power = power if isinstance(power, PowerSchedule) else ConstantPower(power)
+        self.power = PowerBudget(power, average_power)
         self.channel = channel or GaussianMAC()
         self.bandwidth = 0.5 if bandwidth is None and channel_uses is None else bandwidth
         self.channel_uses = channel_uses
-        self.average_power = average_power
         self._uses = 0
 
     @override
     def setup(self, *, numel: int, num_devices: int, seed: int) -> None:
         self._uses = resolve_channel_uses(numel, bandwidth=self.bandwidth, channel_uses=self.channel_uses, least=2)
         if self.feedback is not None:
+            self.feedback.memory.reset_state()
             self.feedback.setup(num_devices)
 
     @override
     def forward(self, updates: Tensor, round: Round) -> Received:
-        if self.average_power is not None and round.num_rounds is not None:
-            self.power.check_average(self.average_power, round.num_rounds)
-        power = self.power(round.index, round.num_rounds or 0)
+        power = self.power.of(round)
         num_devices, numel = updates.shape
         budget = self.channel.bits_per_device(self._uses, num_devices, power)
         compressor = self.compressor.for_budget(numel, budget)
@@ -109,7 +109,3 @@ class CapacityLimited(Uplink):
         if compressor is None:
             return Message(values=torch.zeros_like(updates), bits_wire=0, bits_ideal=0.0)
         return compressor.roundtrip(updates, round.key)
-
-    @override
-    def extra_repr(self) -> str:
-        return f"power={self.power}, bandwidth={self.bandwidth}, channel_uses={self.channel_uses}"

@@ -29,6 +29,7 @@ class Digital(Uplink):
     @override
     def setup(self, *, numel: int, num_devices: int, seed: int) -> None:
         if isinstance(self.compressor, ErrorFeedback):
+            self.compressor.memory.reset_state()
             self.compressor.setup(num_devices)
 
     @override

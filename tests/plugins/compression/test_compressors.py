@@ -27,7 +27,7 @@ from groundwire.plugins.compression import (
 from groundwire.plugins.compression.base import log2_binomial
 from groundwire.plugins.compression.functional import d_dsgd_quantize, topk_mask
 from groundwire.plugins.edge import MajorityVote
-from groundwire.plugins.random import Key
+from groundwire.plugins.random import Key, stream
 from helpers.compressors import check_compressor, key, mean_of_draws, rows, squared_errors
 
 
@@ -66,10 +66,36 @@ def d_dsgd(row: np.ndarray, q: int) -> np.ndarray:
     return out
 
 
+def rand_k(row: np.ndarray, k: int, key: Key, scaled: bool) -> np.ndarray:
+    """The support is everybody's: drawn from the shared stream, whichever device it is."""
+    k, out = min(k, len(row)), np.zeros_like(row)
+    order = torch.randperm(len(row), generator=stream(key.seed, purpose="randk", round=key.round)).tolist()
+    for j in order[:k]:
+        out[j] = row[j] * len(row) / k if scaled else row[j]
+    return out
+
+
+def qsgd(row: np.ndarray, key: Key, dtype: torch.dtype, levels: int, bucket: int, entries: int) -> np.ndarray:
+    """Entry by entry: up to the next level with the probability of the remainder."""
+    (device,), out = key.devices, np.zeros_like(row)
+    kept = largest(row, min(entries, len(row)))
+    g = stream(key.seed, purpose="qsgd", round=key.round, device_id=device)
+    uniform = torch.rand(len(kept), generator=g, dtype=dtype).tolist()
+    for start in range(0, len(kept), bucket):
+        norm = float(np.float32(math.sqrt(sum(row[j] ** 2 for j in kept[start : start + bucket]))))
+        for j, u in zip(kept[start : start + bucket], uniform[start : start + bucket], strict=True):
+            down, remainder = divmod(levels * abs(row[j]) / norm, 1) if norm else (0, 0)
+            level = min(down + (remainder + u >= 1), levels)
+            out[j] = math.copysign(level / levels * norm, row[j])
+    return out
+
+
 def support_bits(d: int, k: int) -> int:
-    """The cheapest exact code of k of d positions, in whole bytes."""
+    """The cheapest exact code of k of d positions, in whole bytes; all of them need none."""
+    if k == d:
+        return 0
     if k <= 64:
-        return 8 * math.ceil(math.ceil(math.log2(math.comb(d, k))) / 8) if math.comb(d, k) > 1 else 0
+        return 8 * math.ceil(math.ceil(math.log2(math.comb(d, k))) / 8)
     return 8 * min(math.ceil(k * math.ceil(math.log2(d)) / 8), math.ceil(d / 8))
 
 
@@ -85,35 +111,91 @@ CASES: dict[str, dict[str, Any]] = {
         "definition": lambda r: top_k(r, max(1, round(0.3 * len(r)))),
         "wire_bits": lambda d, size: 8 * size * max(1, round(0.3 * d)) + support_bits(d, max(1, round(0.3 * d))),
     },
-    "randk": {"build": lambda: RandK(density=0.4), "random": True},
-    "randk_biased": {"build": lambda: RandK(k=7, unbiased=False), "random": True},
+    "topk_many": {
+        "build": lambda: TopK(k=100),
+        "definition": lambda r: top_k(r, 100),
+        "wire_bits": lambda d, size: 8 * size * min(100, d) + support_bits(d, min(100, d)),
+    },
+    "topk_all": {
+        "build": lambda: TopK(density=1.0),
+        "definition": lambda r: r,
+        "wire_bits": lambda d, size: 8 * size * d,
+    },
+    "randk": {
+        "build": lambda: RandK(density=0.4),
+        "random": True,
+        "definition": lambda r, key, _: rand_k(r, max(1, round(0.4 * len(r))), key, scaled=True),
+        "wire_bits": lambda d, size: 8 * size * max(1, round(0.4 * d)),
+    },
+    "randk_biased": {
+        "build": lambda: RandK(k=7, unbiased=False),
+        "random": True,
+        "definition": lambda r, key, _: rand_k(r, 7, key, scaled=False),
+        "wire_bits": lambda d, size: 8 * size * min(7, d),
+    },
     "sign": {
         "build": SignSGD,
         "definition": lambda r: signs(r, len(r), False),
         "wire_bits": lambda d, _: 8 * math.ceil(d / 8),
+        "carries_nan": False,
     },
     "sign_scaled": {
         "build": lambda: SignSGD(scaled=True),
         "definition": lambda r: signs(r, len(r), True),
         "wire_bits": lambda d, _: 8 * math.ceil(d / 8) + 32,
     },
-    "sign_sparse": {"build": lambda: SignSGD(num_entries=9), "definition": lambda r: signs(r, 9, False)},
-    "sign_many": {"build": lambda: SignSGD(num_entries=90, scaled=True), "definition": lambda r: signs(r, 90, True)},
+    "sign_sparse": {
+        "build": lambda: SignSGD(num_entries=9),
+        "definition": lambda r: signs(r, 9, False),
+        "wire_bits": lambda d, _: 8 * math.ceil(min(9, d) / 8) + support_bits(d, min(9, d)),
+        "carries_nan": False,
+    },
+    "sign_many": {
+        "build": lambda: SignSGD(num_entries=90, scaled=True),
+        "definition": lambda r: signs(r, 90, True),
+        "wire_bits": lambda d, _: 8 * math.ceil(min(90, d) / 8) + support_bits(d, min(90, d)) + 32,
+    },
     "qsgd": {
         "build": lambda: QSGD(num_levels=4),
         "random": True,
+        "definition": lambda r, key, dtype: qsgd(r, key, dtype, 4, len(r), len(r)),
         "wire_bits": lambda d, _: 8 * math.ceil(d * 4 / 8) + 32,  # a sign and a level in 0..4 take 4 bits
     },
-    "qsgd_buckets": {
+    "qsgd_buckets": {  # the last bucket is shorter than 16
         "build": lambda: QSGD(num_levels=7, bucket_size=16),
         "random": True,
+        "definition": lambda r, key, dtype: qsgd(r, key, dtype, 7, 16, len(r)),
         "wire_bits": lambda d, _: 8 * math.ceil(d * 4 / 8) + 32 * math.ceil(d / 16),
     },
-    "qsgd_sparse": {"build": lambda: QSGD(num_levels=4, num_entries=6), "random": True},
-    "d_dsgd": {"build": lambda: DDSGDQuantizer(num_entries=4), "definition": lambda r: d_dsgd(r, min(4, len(r)))},
-    "d_dsgd_many": {"build": lambda: DDSGDQuantizer(100), "definition": lambda r: d_dsgd(r, min(100, len(r)))},
-    "d_dsgd_all": {"build": DDSGDQuantizer, "definition": lambda r: d_dsgd(r, len(r))},
+    "qsgd_sparse": {
+        "build": lambda: QSGD(num_levels=4, num_entries=6),
+        "random": True,
+        "definition": lambda r, key, dtype: qsgd(r, key, dtype, 4, 6, 6),
+        "wire_bits": lambda d, _: 8 * math.ceil(min(6, d) * 4 / 8) + support_bits(d, min(6, d)) + 32,
+    },
+    "d_dsgd": {  # value, count, and the number of the support among those of at most 4 entries, or of half of them
+        "build": lambda: DDSGDQuantizer(num_entries=4),
+        "definition": lambda r: d_dsgd(r, min(4, len(r))),
+        "wire_bits": lambda d, _: 32 + 8 + _mask_bits(d, min(4, d)),
+    },
+    "d_dsgd_many": {
+        "build": lambda: DDSGDQuantizer(100),
+        "definition": lambda r: d_dsgd(r, min(100, len(r))),
+        "wire_bits": lambda d, _: 32 + 8 + _mask_bits(d, min(100, d)),
+    },
+    "d_dsgd_all": {
+        "build": DDSGDQuantizer,
+        "definition": lambda r: d_dsgd(r, len(r)),
+        "wire_bits": lambda d, _: 32 + 8 * (1 if d < 256 else 2) + _mask_bits(d, d),
+    },
 }
+
+
+def _mask_bits(d: int, most: int) -> int:
+    if most <= 64:
+        worst = max(math.comb(d, count) for count in range(most + 1))
+        return 8 * math.ceil(math.ceil(math.log2(worst)) / 8)
+    return 8 * min(math.ceil(most * math.ceil(math.log2(d)) / 8), math.ceil(d / 8))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -140,6 +222,20 @@ def test_topk_mask_counts_nan_as_largest_in_every_dtype(dtype: torch.dtype) -> N
     x = torch.tensor([[1.0, float("nan"), 3.0, 2.0]], dtype=dtype)
     assert topk_mask(x, 1).tolist() == [[False, True, False, False]]
     assert topk_mask(x, 2).tolist() == [[False, True, True, False]]
+
+
+def test_topk_mask_is_the_same_by_partition_and_by_selection() -> None:
+    x = rows(3, 1000)
+    x[1] = x[1].round()  # many ties
+    for k in (1, 15, 16, 200, 999):  # torch.topk up to 1000 / 64, numpy.partition above
+        for row, marked in zip(x.numpy(), topk_mask(x, k).numpy(), strict=True):
+            assert np.flatnonzero(marked).tolist() == largest(row, k)
+
+
+def test_topk_ideal_code_is_never_above_the_wire_when_both_are_equal() -> None:
+    for compressor in (TopK(k=1), TopK(k=255)):  # C(256, 1) = 2^8, whose logarithm may come out above 8
+        payload, message = compressor.encode(rows(1, 256), key(1)), compressor.roundtrip(rows(1, 256), key(1))
+        assert payload.bits_ideal == message.bits_ideal <= payload.bits_wire
 
 
 # ---------------------------------------------------------------- moments
@@ -185,7 +281,7 @@ def test_randk_support_is_shared_and_payloads_add() -> None:
     assert support == (3, 4)
     total = type(payload)(
         parts={"values": payload.parts["values"].sum(0, keepdim=True)},
-        numel=30, dtype_like=x[:0], bits_ideal=0.0, meta=payload.meta,
+        numel=30, dtype=x.dtype, bits_ideal=0.0, meta=payload.meta,
     )  # fmt: skip
     torch.testing.assert_close(compressor.decode(total)[0], compressor.decode(payload).sum(0))
 
@@ -210,6 +306,19 @@ def test_d_dsgd_against_the_papers_steps_with_ties_and_missing_signs(row: np.nda
     if plus[plus > 0].sum() / max((plus > 0).sum(), 1) != minus[minus > 0].sum() / max((minus > 0).sum(), 1):
         mirrored, opposite = d_dsgd_quantize(torch.from_numpy(-row)[None], q)
         np.testing.assert_array_equal(torch.where(mirrored, opposite, 0)[0].numpy(), -ours)
+
+
+def test_d_dsgd_does_not_hide_what_is_not_finite() -> None:
+    nan, inf = float("nan"), float("inf")
+    send = DDSGDQuantizer(2).roundtrip
+    assert send(torch.tensor([[nan, 1.0, 2.0]]), key(1)).values.isnan().any()  # was all zeros
+    assert DDSGDQuantizer(1).roundtrip(torch.tensor([[inf, inf, -1.0]]), key(1)).values.tolist() == [[inf, 0, 0]]
+
+
+def test_d_dsgd_mean_does_not_overflow_in_half_precision() -> None:
+    x = torch.tensor([[6e4, 6e4, 5e4]], dtype=torch.float16)
+    values = DDSGDQuantizer(3).roundtrip(x, key(1)).values
+    assert values.tolist() == x.float().mean().to(torch.float16).expand(1, 3).tolist()
 
 
 # ---------------------------------------------------------------- budgets
@@ -251,6 +360,11 @@ def test_for_budget_is_the_largest_that_fits(numel: int, bits: float) -> None:
         cost = compressor.entry_bits
         assert q == 0 or cost(numel, q) <= bits
         assert q == max(numel // 2, 1) or cost(numel, q + 1) > bits
+
+
+def test_qsgd_of_buckets_takes_no_budget() -> None:
+    with pytest.raises(ValueError, match="chooses `num_entries`, which does not go with `bucket_size`, got 2"):
+        QSGD(num_levels=4, bucket_size=2).for_budget(7850, 300.0)  # it sent twice as much
 
 
 def test_log2_binomial_is_exact() -> None:

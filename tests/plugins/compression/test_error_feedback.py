@@ -84,6 +84,43 @@ def test_low_precision_rows_are_remembered_in_float32() -> None:
     assert abs(float(total.sum()) / float(300 * x.float().sum()) - 1) < 0.02
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_nothing_is_lost_to_the_dtype_and_bits_are_those_of_the_rows(dtype: torch.dtype) -> None:
+    feedback = ErrorFeedback(TopK(k=2), num_devices=1)
+    x = (100 * torch.randn(1, 50, generator=torch.Generator().manual_seed(0))).round().to(dtype)  # sums are exact
+    sent = torch.zeros(1, 50, dtype=torch.float64)
+    for t in range(100):
+        message = feedback(x, Key(seed=0, round=t))
+        sent += message.values.double()
+        assert message.bits_wire == TopK(k=2).roundtrip(x, Key(seed=0)).bits_wire
+    assert torch.equal(sent + feedback.memory.residual().double(), 100 * x.double())
+
+
+def test_a_wider_memory_does_not_widen_the_wire() -> None:
+    feedback, x = ErrorFeedback(TopK(k=2), num_devices=1), rows(1, 50)
+    bits = feedback(x, Key(seed=0)).bits_wire
+    feedback.to(torch.float64)
+    message = feedback(x, Key(seed=0, round=1))
+    assert (message.bits_wire, message.values.dtype) == (bits, torch.float32)
+
+
+def test_state_goes_into_an_instance_that_was_not_set_up() -> None:
+    first, second = ErrorFeedback(TopK(k=2), num_devices=3), ErrorFeedback(TopK(k=2))
+    first(rows(3, 8), Key(seed=0, devices=(0, 1, 2)))
+    second.load_state_dict(first.state_dict())
+    assert second.memory.num_devices == 3
+    assert torch.equal(first.memory.residual(), second.memory.residual())
+
+
+def test_a_nonfinite_row_among_some_devices_leaves_its_residual_alone() -> None:
+    memory = ErrorMemory(3)
+    memory.keep(torch.ones(3, 2), devices=(0, 1, 2))
+    memory.keep(torch.tensor([[5.0, 6.0], [float("inf"), 1.0]]), devices=(2, 0))
+    assert memory.residual().tolist() == [[1, 1], [1, 1], [5, 6]]
+    memory.keep(torch.tensor([[7.0, 8.0], [3.0, 4.0]]), devices=(2, 0))
+    assert memory.residual().tolist() == [[3, 4], [1, 1], [7, 8]]
+
+
 def test_state_goes_into_a_fresh_instance_and_on() -> None:
     first = ErrorFeedback(TopK(k=2), num_devices=3)
     first(rows(3, 8), Key(seed=0, devices=(0, 1, 2)))

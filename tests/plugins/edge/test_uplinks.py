@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
-from groundwire.plugins.channels import ConstantPower, GaussianMAC, LeastSquares, StepPower
+from groundwire.plugins.channels import AMP, ConstantPower, GaussianMAC, LeastSquares, PowerSchedule, StepPower
 from groundwire.plugins.compression import QSGD, DDSGDQuantizer, ErrorFeedback, Identity, RandK, SignSGD, TopK
-from groundwire.plugins.edge import ADSGD, CapacityLimited, Digital, ErrorFree, Uplink
+from groundwire.plugins.edge import ADSGD, CapacityLimited, Digital, ErrorFree, Round, Uplink
 from groundwire.plugins.edge.uplinks.a_dsgd import demodulate, modulate
 from helpers.uplinks import check_uplink, plan, ready, updates
 
@@ -132,14 +132,63 @@ def test_a_dsgd_unheard_pilot_gives_no_update_and_loses_nothing() -> None:
     torch.testing.assert_close(uplink.memory.residual("update")[:4], x)
 
 
-def test_a_dsgd_weights_devices_by_their_samples() -> None:
-    """Without noise, doubling a device's weight is the same as doubling its update (and renormalising)."""
-    x = updates(2, 80)
-    weights = torch.tensor([3.0, 1.0])
-    build = lambda: ADSGD(channel=GaussianMAC(0.0), num_entries=20, mean_removal_rounds=0)
-    weighted = ready(build, 80, 2)(x, plan(2, weights=weights)).rows
-    scaled = ready(build, 80, 2)(x * torch.tensor([[1.5], [0.5]]), plan(2)).rows
-    torch.testing.assert_close(weighted, scaled)
+@pytest.mark.parametrize("norm", [0.01, 1.0, 100.0])
+def test_a_dsgd_weights_devices_by_their_samples(norm: float) -> None:
+    """Two devices whose updates have one entry each, at equal norm: what is decoded has the ratio of the samples."""
+    x = torch.zeros(2, 80)
+    x[0, 5] = x[1, 50] = norm
+    uplink = ready(
+        lambda: ADSGD(channel=GaussianMAC(0.0), num_entries=4, mean_removal_rounds=0, decoder=AMP(num_iterations=300)),
+        80,
+        2,
+    )
+    received = uplink(x, plan(2, weights=torch.tensor([9.0, 1.0])))
+    _, amplitude = modulate(uplink._plain.mv(x), 500.0, share=torch.tensor([0.9, 0.1]))
+    lengths = torch.linalg.vector_norm(uplink._plain.mv(x), dim=1).square() + 1
+    assert float(amplitude[0] / amplitude[1]) == pytest.approx(9.0 * float(lengths[1] / lengths[0]) ** 0.5, rel=1e-5)
+    assert float(received.rows[0, 5] / received.rows[0, 50]) == pytest.approx(9.0, rel=0.1)  # AMP, two projected norms
+    assert float(received.rows[0, 5]) == pytest.approx(0.9 * norm, rel=0.02)
+    np.testing.assert_allclose(received.cost.energy, [500.0, 500.0 / 81], rtol=1e-5)
+
+
+def test_a_dsgd_memory_does_not_depend_on_who_else_takes_part() -> None:
+    x = updates(3, 80)
+    alone, together = (ready(lambda: ADSGD(num_entries=5), 80, 3) for _ in range(2))
+    alone(x[:1], plan((0,)))
+    together(x, plan(3, weights=torch.tensor([1.0, 5.0, 9.0])))
+    assert torch.equal(alone.memory.residual()[0], together.memory.residual()[0])
+
+
+def test_a_dsgd_survives_an_enormous_finite_update() -> None:
+    x = updates(3, 80)
+    x[1] *= 1e22
+    received = ready(lambda: ADSGD(), 80, 3)(x, plan(3))
+    np.testing.assert_allclose(received.cost.energy, 500.0, rtol=1e-5)
+    assert torch.isfinite(received.rows).all()
+
+
+def test_a_weak_pilot_is_not_heard_even_if_the_updates_are() -> None:
+    received = ready(lambda: ADSGD(power=500.0, pilot_gain=1e-4), 80, 4)(updates(4, 80), plan(4))
+    assert float(received.metrics["uplink/silent"]) == 1.0
+
+
+def test_a_planned_end_is_asked_for_where_the_power_needs_one() -> None:
+    endless = Round(index=0, num_rounds=None, key=plan(2).key, weights=plan(2).weights)
+    for build in (lambda: ADSGD(power=StepPower([1, 2])), lambda: ADSGD(average_power=600.0)):
+        with pytest.raises(ValueError, match="needs a planned number of rounds"):
+            ready(build, 100, 2)(updates(2, 100), endless)
+    ready(lambda: ADSGD(), 100, 2)(updates(2, 100), endless)
+
+
+def test_a_schedule_without_a_representation_of_its_own_can_be_compared() -> None:
+    class Odd(PowerSchedule):
+        def __init__(self, level: float) -> None:
+            self.level = level
+
+        def __call__(self, round: int, num_rounds: int) -> float:
+            return self.level
+
+    assert repr(ADSGD(power=Odd(2.0))) == repr(ADSGD(power=Odd(2.0))) != repr(ADSGD(power=Odd(3.0)))
 
 
 # ---------------------------------------------------------------- capacity-limited digital
@@ -227,7 +276,7 @@ def test_built_from_yaml() -> None:
     """
     uplink = parser.instantiate(parser.parse_string(config)).uplink
     assert isinstance(uplink, ADSGD)
-    assert (uplink.channel.noise_var, uplink.bandwidth, uplink.power(19, 20)) == (0.5, 0.3, 300)
+    assert (uplink.channel.noise_var, uplink.bandwidth, uplink.power.of(plan(1, index=19))) == (0.5, 0.3, 300)
     config = """
     uplink:
       class_path: groundwire.plugins.edge.CapacityLimited
