@@ -143,6 +143,7 @@ class EdgeStrategy(SingleDeviceStrategy):
         self._to_restore: dict[str, Any] | None = None
         self._root_seed = 0
         self._is_fitting = False
+        self._planned_rounds: float | None = None
 
     # ---------------------------------------------------------------- set-up
 
@@ -196,6 +197,7 @@ class EdgeStrategy(SingleDeviceStrategy):
         if to_restore is not None:
             self._restore(to_restore)
         self._is_fitting = True
+        self._planned_rounds = None
 
     def _refuse_what_does_not_fit(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         name = type(module).__name__
@@ -296,8 +298,10 @@ class EdgeStrategy(SingleDeviceStrategy):
         if len(chosen) < len(batch):
             batch = batch.select(chosen)
         weights = batch.num_samples.to(torch.float64)
-        trainer = self.lightning_module.trainer if self.lightning_module is not None else None
-        planned = trainer.estimated_stepping_batches if trainer is not None else float("inf")
+        if self._planned_rounds is None:
+            assert self.lightning_module is not None
+            self._planned_rounds = self.lightning_module.trainer.estimated_stepping_batches
+        planned = self._planned_rounds
         plan = Round(
             index=self.round_index,
             num_rounds=int(planned) if 0 < planned < float("inf") else None,

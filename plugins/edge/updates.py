@@ -353,7 +353,7 @@ class DeviceWorker:
             extras.append(apply_to_collection(outputs[-1][2], Tensor, torch.Tensor.detach))
             buffers.collect()
         updates = DeviceUpdates(
-            rows=torch.stack(rows),
+            rows=rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows),
             losses=torch.stack(losses),
             logged={name: torch.stack(values) for name, values in logged.items()},
             logged_rows={name: torch.tensor(index) for name, index in logged_rows.items()},
