@@ -7,7 +7,7 @@
 PYTHON ?= python3
 DEMO_VENV := .venv
 TEST_VENV := .venv-test
-STUDIES := iid_500 by_label_500 iid_200 by_label_200 power bandwidth decoders
+STUDIES := iid_500 by_label_500 iid_200 by_label_200 power bandwidth decoders fedavg
 SOURCES := $(shell find plugins callbacks datamodules recipes src -name '*.py' -o -name '*.yaml' -o -name '*.md')
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

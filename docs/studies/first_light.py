@@ -22,7 +22,7 @@ PANELS = {
     "iid_200": "IID, power 200",
     "by_label_200": "two classes a device, power 200",
 }
-SINGLE = ("power", "bandwidth", "decoders")
+SINGLE = ("power", "bandwidth", "decoders", "fedavg")
 
 
 def rows(file: Path) -> list[dict[str, str]]:

@@ -72,9 +72,11 @@ class ErrorMemory(nn.Module):
             A new tensor, of the shape and dtype of ``x`` (float32 at least).
 
         Raises:
+            ValueError: If the ids do not fit the rows or the memory.
             RuntimeError: If the memory was not set up, or rows of another length were remembered under ``name``.
         """
         residual = self._of(name, x)
+        self._check(devices, x)
         if self._is_everyone(devices):
             return x + residual
         return x + residual[self._rows(devices, x.device)]
@@ -84,12 +86,19 @@ class ErrorMemory(nn.Module):
 
         Args:
             residual: What was not sent.
-            devices: Ids, one a row.
+            devices: Ids, one a row, each at most once.
             name: What is compressed.
+
+        Raises:
+            ValueError: If the ids do not fit the rows or the memory.
+            RuntimeError: If the memory was not set up, or rows of another length were remembered under ``name``.
         """
         memory = self._of(name, residual)
-        finite = torch.isfinite(residual.sum(dim=1))
+        self._check(devices, residual)
         rows, residual = self._rows(devices, residual.device), residual.to(memory.dtype)
+        finite = torch.ones(len(residual), dtype=torch.bool, device=residual.device)
+        if residual.shape[1]:  # not the sum: that of finite entries may be infinite
+            finite = residual.amax(dim=1).isfinite() & residual.amin(dim=1).isfinite()
         if residual.device.type == "cpu" and bool(finite.all()):  # asking a GPU would wait for it
             if self._is_everyone(devices):
                 memory.copy_(residual)
@@ -136,13 +145,25 @@ class ErrorMemory(nn.Module):
     def _is_everyone(self, devices: Sequence[int]) -> bool:
         return len(devices) == self.num_devices and all(i == m for i, m in enumerate(devices))
 
+    def _check(self, devices: Sequence[int], rows: Tensor) -> None:
+        assert self.num_devices is not None  # _of saw to it
+        if len(devices) != len(rows):
+            raise ValueError(f"Got {len(rows)} rows for {len(devices)} devices; give one id a row.")
+        if len(set(devices)) != len(devices):
+            raise ValueError(f"Each device has one residual and may come once a round, got devices {tuple(devices)}.")
+        if devices and not 0 <= min(devices) <= max(devices) < self.num_devices:
+            raise ValueError(f"Device ids must be in [0, {self.num_devices}), got {min(devices)} to {max(devices)}.")
+
     @staticmethod
     def _rows(devices: Sequence[int], device: torch.device) -> Tensor:
         return torch.tensor(devices, dtype=torch.int64, device=device)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._residuals = {name: fn(residual) for name, residual in self._residuals.items()}
+        moved = {name: (residual, fn(residual)) for name, residual in self._residuals.items()}
+        self._residuals = {  # .half() and .bfloat16() move it, but leave it float32 at least
+            name: old.to(new.device) if torch.finfo(new.dtype).bits < 32 else new for name, (old, new) in moved.items()
+        }
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     @override

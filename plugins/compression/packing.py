@@ -97,7 +97,16 @@ def rank_support(indices: Tensor, numel: int) -> Tensor:
 
 
 def unrank_support(code: Tensor, numel: int, k: int) -> Tensor:
-    """Undo :func:`rank_support`: positions, int64, ascending, shape ``(rows, k)``."""
+    """Undo :func:`rank_support`: positions, int64, ascending, shape ``(rows, k)``.
+
+    Raises:
+        ValueError: If the bytes are not the number of such a support.
+    """
+    if code.shape[1] != enumerative_bytes(numel, k):
+        raise ValueError(
+            f"{code.shape[1]} bytes a row do not match a support of {k} of {numel} entries "
+            f"({enumerative_bytes(numel, k)} bytes)."
+        )
     rows = [_unrank(int.from_bytes(row.tobytes(), "little"), numel, k) for row in code.cpu().numpy()]
     return torch.tensor(rows, dtype=torch.int64, device=code.device).view(len(rows), k)
 
@@ -107,6 +116,8 @@ def _rank(positions: list[int]) -> int:
 
 
 def _unrank(number: int, numel: int, k: int) -> list[int]:
+    if number >= math.comb(numel, k):
+        raise ValueError(f"The code is not the number of a support of {k} of {numel} entries.")
     positions, high = [], numel - 1
     for size in range(k, 0, -1):
         low = size - 1  # find the largest position with C(position, size) <= number

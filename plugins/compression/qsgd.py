@@ -95,16 +95,20 @@ class QSGD(EntryLimited):
             "qsgd", lambda g: torch.rand(q, generator=g, dtype=chosen.dtype, device=x.device), on=x.device
         )
         size, count = self.bucket_size or max(q, 1), self._buckets(q)
-        buckets = torch.nn.functional.pad(chosen, (0, size * count - q)).reshape(len(x), count, size)
-        norm = torch.linalg.vector_norm(buckets, dim=2).float()
-        spread = norm.to(chosen.dtype).repeat_interleave(size, dim=1)[:, :q]
-        level = quantize_stochastically(chosen, spread, self.num_levels, uniform)
-        return torch.where(chosen < 0, -level, level), norm, indices
+        short = size * count - q
+        buckets = (torch.nn.functional.pad(chosen, (0, short)) if short else chosen).reshape(len(x), count, size)
+        norm = torch.linalg.vector_norm(buckets, dim=2, dtype=torch.float64).float()  # squares may leave float32
+        level = quantize_stochastically(chosen, self._spread(norm, q, chosen.dtype), self.num_levels, uniform)
+        return level.copysign_(chosen), norm, indices
+
+    def _spread(self, norm: Tensor, q: int, dtype: torch.dtype) -> Tensor:
+        """The norm of each entry's bucket, shape ``(rows, q)``, or ``(rows, 1)`` where one serves all."""
+        norm = norm.to(dtype)
+        return norm if norm.shape[1] == 1 else norm.repeat_interleave(self.bucket_size or q, dim=1)[:, :q]
 
     def _dequantize(self, level: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
         """Values ``(rows, q)`` of signed levels."""
-        spread = norm.to(level.dtype).repeat_interleave(self.bucket_size or max(level.shape[1], 1), dim=1)
-        return (level * (spread[:, : level.shape[1]] / self.num_levels)).to(dtype)
+        return (level * (self._spread(norm, level.shape[1], level.dtype) / self.num_levels)).to(dtype)
 
     @override
     def encode(self, x: Tensor, key: Key) -> Payload:

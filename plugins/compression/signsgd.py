@@ -89,7 +89,9 @@ class SignSGD(EntryLimited):
 
     @staticmethod
     def _scale(chosen: Tensor) -> Tensor:
-        return chosen.abs().float().mean(dim=1, keepdim=True)
+        # summed in float64: a row alone must give the same float32 as in a matrix, however many threads share the sum
+        total: Tensor = torch.linalg.vector_norm(chosen, ord=1, dim=1, keepdim=True, dtype=torch.float64)
+        return (total / chosen.shape[1]).float()
 
     @override
     def alpha(self, numel: int) -> float | None:

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from groundwire.plugins.compression.base import RateAdaptive
 from groundwire.plugins.compression.budget import largest_within
-from groundwire.plugins.compression.functional import mask_to_indices, topk_mask
+from groundwire.plugins.compression.functional import topk_indices
 
 
 class EntryLimited(RateAdaptive):
@@ -55,7 +55,7 @@ class EntryLimited(RateAdaptive):
         q = self._entries(x.shape[1])
         if q == x.shape[1]:
             return x, None
-        indices = mask_to_indices(topk_mask(x, q), q)
+        indices = topk_indices(x, q)
         return x.gather(1, indices), indices
 
     @staticmethod

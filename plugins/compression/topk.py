@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
 from groundwire.plugins.compression.base import Compressor, Message, Payload, check_rows, log2_binomial
-from groundwire.plugins.compression.functional import mask_to_indices, topk_mask
+from groundwire.plugins.compression.functional import topk_indices, topk_sparsify
 from groundwire.plugins.compression.packing import pack_support, support_bytes, unpack_support
 from groundwire.plugins.compression.support import check_kept, kept
 from groundwire.plugins.random import Key
@@ -29,6 +28,7 @@ class TopK(Compressor):
         Stich et al., "Sparsified SGD with Memory", NeurIPS 2018. arXiv:1809.07599
 
     Example:
+        >>> import torch
         >>> key = Key(seed=0)
         >>> TopK(k=1).roundtrip(torch.tensor([[3.0, -5.0, 1.0]]), key).values
         tensor([[ 0., -5.,  0.]])
@@ -44,7 +44,7 @@ class TopK(Compressor):
     def encode(self, x: Tensor, key: Key) -> Payload:
         check_rows(x, key)
         k = kept(x.shape[1], self.density, self.k)
-        indices = mask_to_indices(topk_mask(x, k), k)
+        indices = topk_indices(x, k)
         parts = {"values": x.gather(1, indices), "support": pack_support(indices, x.shape[1])}
         return Payload(parts=parts, numel=x.shape[1], dtype=x.dtype, bits_ideal=self._bits(x, k)[1])
 
@@ -59,7 +59,7 @@ class TopK(Compressor):
         check_rows(x, key)
         k = kept(x.shape[1], self.density, self.k)
         wire, ideal = self._bits(x, k)
-        return Message(values=torch.where(topk_mask(x, k), x, 0), bits_wire=wire, bits_ideal=ideal)
+        return Message(values=topk_sparsify(x, k), bits_wire=wire, bits_ideal=ideal)
 
     @staticmethod
     def _bits(x: Tensor, k: int) -> tuple[int, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -25,7 +26,7 @@ from groundwire.plugins.compression import (
     TopK,
 )
 from groundwire.plugins.compression.base import log2_binomial
-from groundwire.plugins.compression.functional import d_dsgd_quantize, topk_mask
+from groundwire.plugins.compression.functional import d_dsgd_quantize, topk_indices, topk_mask
 from groundwire.plugins.edge import MajorityVote
 from groundwire.plugins.random import Key, stream
 from helpers.compressors import check_compressor, key, mean_of_draws, rows, squared_errors
@@ -426,3 +427,64 @@ def test_only_real_floating_rows_are_compressed() -> None:
     for x in (torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.complex64)):
         with pytest.raises(TypeError, match="real floating dtype"):
             Identity().encode(x, Key(seed=0))
+
+
+# ---------------------------------------------------------------- long rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["normal", "heavy", "few values", "zeros", "sorted", "periodic", "nan"])
+def test_long_rows_keep_what_a_stable_sort_keeps(dtype: torch.dtype, kind: str) -> None:
+    d = 40_009
+    x = rows(2, d) if kind != "normal" else torch.randn(2, d, generator=torch.Generator().manual_seed(0))
+    if kind == "few values":
+        x = (2 * x).round().clamp(-3, 3)
+    elif kind == "zeros":
+        x[0] = 0
+    elif kind == "sorted":
+        x = x.sort(dim=1).values
+    elif kind == "periodic":  # a strided sample sees only the small entries, or only the large ones
+        x = torch.where(torch.arange(d) % 9 == 0, 1e-3 * x, x)
+    x = x.to(dtype)
+    if kind == "nan":
+        x[0, 7::100] = math.nan
+    order = [np.where(np.isnan(row), np.inf, np.abs(row)) for row in x.double().numpy()]
+    for k in (1, 3, 200, d // 4, d // 2, d - 1):
+        expected = [largest(row, k) for row in order]
+        assert topk_indices(x, k).tolist() == expected
+        mask = topk_mask(x, k)
+        assert [row.nonzero().flatten().tolist() for row in mask] == expected
+
+
+def test_long_rows_together_equal_rows_alone_on_several_threads() -> None:
+    x, before = rows(6, 70_001), torch.get_num_threads()
+    compressors = [
+        SignSGD(scaled=True),
+        DDSGDQuantizer(40_000),
+        QSGD(4),
+        QSGD(4, bucket_size=40_000),
+        TopK(density=0.1),
+    ]
+    try:
+        torch.set_num_threads(2)
+        for compressor in compressors:
+            whole = compressor.roundtrip(x, key(6)).values
+            for i in range(6):
+                assert torch.equal(whole[i], compressor.roundtrip(x[i : i + 1], key(6).row(i)).values[0])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e20])
+def test_qsgd_norm_of_rows_whose_squares_leave_float32(size: float) -> None:
+    values = QSGD(num_levels=2).roundtrip(torch.full((1, 4), size), key(1)).values
+    assert torch.equal(values, torch.full((1, 4), size)), "each entry is half the norm: a level of its own"
+
+
+def test_foreign_payloads_are_refused() -> None:
+    payload = TopK(k=3).encode(rows(1, 100), key(1))
+    short = {**payload.parts, "support": payload.parts["support"][:, 1:]}
+    wrong = {**payload.parts, "support": torch.full_like(payload.parts["support"], 255)}
+    for parts, message in ((short, "bytes a row do not match a support of 3 of 100"), (wrong, "not the number of")):
+        with pytest.raises(ValueError, match=message):
+            TopK(k=3).decode(dataclasses.replace(payload, parts=parts))

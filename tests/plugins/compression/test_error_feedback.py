@@ -154,6 +154,38 @@ def test_bad_input_by_message() -> None:
         ErrorMemory(5).load_state_dict(memory.state_dict())
 
 
+def test_finite_rows_are_remembered_whatever_they_sum_to() -> None:
+    memory = ErrorMemory(2)
+    large = torch.full((2, 4), 3e38)
+    memory.keep(large, devices=(0, 1))
+    assert torch.equal(memory.residual(), large)
+    half = ErrorMemory(1)
+    half.keep(torch.full((1, 1000), 100.0, dtype=torch.float16), devices=(0,))
+    assert float(half.residual().sum()) == 100_000
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_low_precision_keeps_its_residuals_in_float32(dtype: torch.dtype) -> None:
+    memory = ErrorMemory(1)
+    memory.keep(torch.full((1, 2), 1 + 2**-20), devices=(0,))
+    assert memory.to(dtype).residual().tolist() == [[1 + 2**-20] * 2]
+
+
+def test_device_ids_that_do_not_fit_are_refused_and_nothing_changes() -> None:
+    memory = ErrorMemory(3)
+    memory.keep(torch.ones(3, 1), devices=(0, 1, 2))
+    for devices, message in (
+        ((1, 1), "may come once"),
+        ((-1, 0), r"in \[0, 3\)"),
+        ((0, 3), "got 0 to 3"),
+        ((1,), "2 rows"),
+    ):
+        for work in (memory.correct, memory.keep):
+            with pytest.raises(ValueError, match=message):
+                work(torch.zeros(2, 1), devices)
+    assert memory.residual().tolist() == [[1], [1], [1]]
+
+
 # ---------------------------------------------------------------- why it is there
 
 
