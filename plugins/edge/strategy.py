@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -32,8 +31,6 @@ from groundwire.plugins.edge.updates import DeviceUpdates, DeviceWorker
 from groundwire.plugins.edge.uplinks.base import Uplink
 from groundwire.plugins.edge.uplinks.error_free import ErrorFree
 from groundwire.plugins.random import Key
-
-log = logging.getLogger(__name__)
 
 _CHECKPOINT_KEY = "groundwire.edge"
 
@@ -261,7 +258,7 @@ class EdgeStrategy(SingleDeviceStrategy):
             updates, plan, kept = self._only_finite(updates, plan)
             received = self.uplink(updates.rows, plan)
             estimate = self.aggregator(received.rows, received.weights)
-            if not torch.isfinite(estimate.sum()):
+            if not torch.isfinite(estimate.sum()) and not torch.isfinite(estimate).all():
                 raise NonFiniteUpdateError(
                     f"The server's estimate in round {plan.index} is not finite although every device's update was: "
                     f"the uplink or aggregator overflowed ({type(self.uplink).__name__}, "
@@ -312,6 +309,8 @@ class EdgeStrategy(SingleDeviceStrategy):
 
     def _only_finite(self, updates: DeviceUpdates, plan: Round) -> tuple[DeviceUpdates, Round, list[int]]:
         finite = torch.isfinite(updates.rows.sum(dim=1))  # one pass: NaN and infinity survive a sum
+        if not bool(finite.all()):
+            finite = torch.isfinite(updates.rows).all(dim=1)  # a sum may also have overflowed
         if bool(finite.all()):
             return updates, plan, list(range(len(plan.devices)))
         bad = [plan.devices[row] for row in (~finite).nonzero().flatten().tolist()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -24,8 +23,6 @@ from groundwire.plugins.edge.layout import ParameterLayout, Params
 from groundwire.plugins.edge.local import LocalWork
 from groundwire.plugins.edge.logged import LogRecorder
 from groundwire.plugins.edge.round import Round
-
-log = logging.getLogger(__name__)
 
 _TRACKS_STATISTICS = (nn.modules.batchnorm._NormBase,)
 _SLOW_UNDER_VMAP = (nn.modules.conv._ConvNd,)
