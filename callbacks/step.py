@@ -1,32 +1,57 @@
-"""The one way in which a callback changes a training step."""
+"""The one way in which a callback surrounds a step of the module: training, validation or test."""
 
 from __future__ import annotations
 
 import functools
-from abc import ABC, abstractmethod
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
 from typing_extensions import override
 
+from groundwire.plugins.edge import EdgeStrategy
+
 Step = Callable[[Any], Any]
-"""Runs the rest of the step on a batch and returns what ``training_step`` returns."""
+"""Runs the rest of the step on a batch and returns what the module's step returns."""
 
-_MARK = "_groundwire_step_callbacks"
+Notes = dict[str, Tensor]
+"""What :meth:`StepCallback.note` kept during one training step, by name; the first dimension counts rows."""
+
+_MARK = "_groundwire_before"
+_NOTES = "groundwire/notes"
+_METHODS = {
+    "fit": ("training_step", "validation_step"),
+    "validate": ("validation_step",),
+    "test": ("test_step",),
+}
+_AROUND = {
+    "training_step": "around_step",
+    "validation_step": "around_evaluation",
+    "test_step": "around_evaluation",
+}
 
 
-class StepCallback(pl.Callback, ABC):
-    """A callback that surrounds ``training_step``.
+class StepCallback(pl.Callback):
+    """A callback that surrounds the module's steps.
 
-    Subclasses write :meth:`around_step`. Callbacks nest in the order of the Trainer's list, the first outermost. The
-    module's ``training_step`` is shadowed by an instance attribute while ``fit`` runs, and put back afterwards, also
-    after an exception. It works in a plain Trainer, under DDP, and inside ``EdgeStrategy``, where it surrounds the
+    Subclasses write :meth:`around_step` for ``training_step``, :meth:`around_evaluation` for ``validation_step`` and
+    ``test_step``, or both. Callbacks nest in the order of the Trainer's list, the first outermost. A step is shadowed
+    by an instance attribute of the module while the Trainer runs, and put back afterwards, also after an exception and
+    after Ctrl-C. It works in a plain Trainer, under DDP, and inside ``EdgeStrategy``, where it surrounds the training
     step of each device: tensor code in it must be vmap-safe there (no ``.item()``, no branch on a tensor's value).
+
+    What a training step is to leave for later (statistics for the next one, say) goes through :meth:`note` and comes
+    back, of all devices together, in :meth:`after_step`: a tensor kept as an attribute would be dead outside of vmap.
+
+    Raises:
+        MisconfigurationException: At setup, if the module's step takes a ``dataloader_iter`` instead of a batch.
 
     Example:
         >>> class Doubled(StepCallback):
@@ -34,57 +59,180 @@ class StepCallback(pl.Callback, ABC):
         ...         return 2 * step(batch)
     """
 
-    @abstractmethod
+    _noted: list[Notes] | None = None
+
     def around_step(self, step: Step, batch: Any) -> Any:
-        """Run the step zero or more times, on this or another batch, and return its output, changed or not.
+        """Run the training step zero or more times, on this or another batch, and return its output, changed or not.
 
         Args:
             step: The rest of the step: the next callback's ``around_step``, or the module's own ``training_step``.
             batch: What ``training_step`` was to receive.
 
         Returns:
-            What ``training_step`` may return: a loss, or a dict with one under ``"loss"``.
+            What ``training_step`` may return: a loss, a dict with one under ``"loss"``, or None to skip the step.
+        """
+        return step(batch)
+
+    def around_evaluation(self, step: Step, batch: Any) -> Any:
+        """The same for ``validation_step`` and ``test_step``.
+
+        Args:
+            step: The rest of the step.
+            batch: What the module's step was to receive.
+
+        Returns:
+            What the module's step may return.
+        """
+        return step(batch)
+
+    def note(self, **tensors: Tensor) -> None:
+        """Keep tensors of the running training step for :meth:`after_step`; they are detached.
+
+        Args:
+            **tensors: With the rows (samples) in the first dimension, or scalars.
+        """
+        if self._noted is not None:
+            rows = {name: t.detach() if t.ndim else t.detach().reshape(1) for name, t in tensors.items()}
+            self._noted.append(rows)
+
+    def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, notes: Notes) -> None:
+        """Called after the optimizer's step (or the micro-batch, while gradients accumulate), if there are notes.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module.
+            notes: What was noted, rows of all calls and devices of this process one after the other.
         """
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage != "fit" or hasattr(pl_module.__dict__.get("training_step"), _MARK):
-            return
         callbacks = [c for c in trainer.callbacks if isinstance(c, StepCallback)]  # type: ignore[attr-defined]
-        pl_module.__dict__["training_step"] = _surround(pl_module, callbacks)
+        for method in _METHODS.get(stage, ()):
+            if is_overridden(method, pl_module) and not hasattr(pl_module.__dict__.get(method), _MARK):
+                around = _AROUND[method]
+                taking_part = [c for c in callbacks if getattr(type(c), around) is not getattr(StepCallback, around)]
+                if taking_part:
+                    pl_module.__dict__[method] = _surround(pl_module, method, taking_part)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        notes = self._take_notes(outputs, of_devices=isinstance(trainer.strategy, EdgeStrategy))
+        if notes:
+            self.after_step(trainer, pl_module, notes)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._noted = None
         _put_back(pl_module)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._noted = None
         _put_back(pl_module)
 
+    def _take_notes(self, outputs: Any, of_devices: bool) -> Notes:
+        """Take this callback's notes out of what the step returned."""
+        if not isinstance(outputs, dict):
+            return {}
+        holders = outputs.get("devices", [outputs]) if of_devices else [outputs]  # a list where shapes differ
+        stacked = of_devices and "devices" not in outputs
+        found: dict[str, list[Tensor]] = {}
+        for holder in holders:
+            by_callback = holder.get(_NOTES, {})
+            for notes in by_callback.pop(_key(self), []):
+                for name, tensor in notes.items():
+                    found.setdefault(name, []).append(tensor.flatten(0, 1) if stacked else tensor)
+            if _NOTES in holder and not by_callback:
+                del holder[_NOTES]
+        return {name: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for name, tensors in found.items()}
 
-def _surround(pl_module: pl.LightningModule, callbacks: list[StepCallback]) -> Callable[..., Any]:
-    found = pl_module.training_step
+
+def loss_of(output: Any) -> Tensor:
+    """The loss in what a training step returned.
+
+    Args:
+        output: A loss, or a dict with one under ``"loss"``.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        MisconfigurationException: If there is none.
+    """
+    loss = output.get("loss") if isinstance(output, dict) else output
+    if not isinstance(loss, Tensor):
+        raise MisconfigurationException(
+            f"`training_step` must return a loss tensor or a dict with one under 'loss', got {type(output).__name__}. "
+            "A callback that changes the loss needs automatic optimization."
+        )
+    return loss
+
+
+def with_loss(output: Any, loss: Tensor) -> Any:
+    """What a training step returned, with another loss.
+
+    Args:
+        output: A loss, or a dict with one under ``"loss"``; it is not changed.
+        loss: The new loss.
+
+    Returns:
+        ``loss``, or a dict like ``output`` that holds it.
+    """
+    return {**output, "loss": loss} if isinstance(output, dict) else loss
+
+
+def is_logging_step(trainer: pl.Trainer) -> bool:
+    """Whether loggers record what this training step logs (one call of ``log`` costs a tenth of a millisecond)."""
+    step = trainer.global_step
+    return step == 0 or (step + 1) % max(trainer.log_every_n_steps, 1) == 0  # type: ignore[attr-defined]
+
+
+def _key(callback: StepCallback) -> str:
+    return f"{type(callback).__name__}-{id(callback)}"
+
+
+def _surround(pl_module: pl.LightningModule, method: str, callbacks: list[StepCallback]) -> Callable[..., Any]:
+    found = getattr(pl_module, method)
+    around = _AROUND[method]
+    if "dataloader_iter" in inspect.signature(found).parameters:
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__}.{method} takes a `dataloader_iter`: {type(callbacks[0]).__name__} needs to see "
+            "the batch. Let the step take `batch`."
+        )
 
     @functools.wraps(found)  # Lightning reads the signature to see whether the step takes a batch index
-    def training_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
+    def surrounded(batch: Any, *args: Any, **kwargs: Any) -> Any:
         step: Step = lambda b: found(b, *args, **kwargs)
         for callback in reversed(callbacks):
-            step = functools.partial(callback.around_step, step)
-        return step(batch)
+            step = functools.partial(getattr(callback, around), step)
+        if method != "training_step":
+            return step(batch)
+        for callback in callbacks:
+            callback._noted = []
+        output = step(batch)
+        notes = {_key(c): c._noted for c in callbacks if c._noted}
+        for callback in callbacks:
+            callback._noted = None
+        if not notes or output is None:
+            return output
+        return {**(output if isinstance(output, dict) else {"loss": output}), _NOTES: notes}
 
-    setattr(training_step, _MARK, pl_module.__dict__.get("training_step"))
-    return training_step
+    setattr(surrounded, _MARK, pl_module.__dict__.get(method))
+    return surrounded
 
 
 def _put_back(pl_module: pl.LightningModule) -> None:
-    current = pl_module.__dict__.get("training_step")
-    if not hasattr(current, _MARK):
-        return
-    before = getattr(current, _MARK)
-    if before is None:
-        del pl_module.__dict__["training_step"]
-    else:
-        pl_module.__dict__["training_step"] = before
+    for method in _AROUND:
+        current = pl_module.__dict__.get(method)
+        if not hasattr(current, _MARK):
+            continue
+        before = getattr(current, _MARK)
+        if before is None:
+            del pl_module.__dict__[method]
+        else:
+            pl_module.__dict__[method] = before
 
 
 @dataclass(frozen=True)
@@ -109,7 +257,6 @@ class Tap:
 
     Example:
         >>> module, tap = nn.Sequential(nn.Linear(2, 3), nn.ReLU()), Tap("0")
-        >>> import torch
         >>> with tap.open(module) as calls:
         ...     _ = module(torch.zeros(4, 2))
         >>> calls[0].output.shape
@@ -118,6 +265,7 @@ class Tap:
 
     def __init__(self, submodule: str = "") -> None:
         self.submodule = submodule
+        self._has_fired = False
 
     @contextmanager
     def open(self, module: nn.Module) -> Iterator[list[Call]]:
@@ -127,7 +275,8 @@ class Tap:
             module: The module in which to look.
 
         Yields:
-            A list that grows by one :class:`Call` a forward.
+            A list that grows by one :class:`Call` a forward. It is emptied when the context closes after an error, so
+            that no graph outlives it.
 
         Raises:
             MisconfigurationException: If there is no such submodule, or it was not called.
@@ -139,16 +288,43 @@ class Tap:
                 f"{', '.join(name for name in named if name)}."
             )
         calls: list[Call] = []
-        handle = named[self.submodule].register_forward_hook(
-            lambda _, inputs, output: calls.append(Call(inputs, output))
-        )
+        handles = [
+            named[self.submodule].register_forward_hook(lambda _, inputs, output: calls.append(Call(inputs, output)))
+        ]
+        candidates: dict[str, tuple[int, ...]] = {}
+        if not self._has_fired:  # see who is called, in case this one is not
+            handles += [
+                sub.register_forward_hook(functools.partial(_note_candidate, candidates, name))
+                for name, sub in named.items()
+                if name and name != self.submodule
+            ]
         try:
             yield calls
+        except BaseException:
+            calls.clear()
+            raise
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         if not calls:
-            wanted = repr(self.submodule) if self.submodule else f"{type(module).__name__}.forward"
-            raise MisconfigurationException(
-                f"{wanted} was not called during the step, so there is nothing to read. Name a submodule that "
-                f"`training_step` calls: {', '.join(name for name in named if name)}."
-            )
+            raise MisconfigurationException(self._why_silent(module, named, candidates))
+        self._has_fired = True
+
+    def _why_silent(
+        self, module: nn.Module, named: dict[str, nn.Module], candidates: dict[str, tuple[int, ...]]
+    ) -> str:
+        wanted = repr(self.submodule) if self.submodule else f"{type(module).__name__}.forward"
+        called = ", ".join(f"{name} {list(shape)}" for name, shape in candidates.items())
+        which = f"Called with an output [batch, columns] were: {called}" if called else f"It has {', '.join(named)[2:]}"
+        hint = "" if self.submodule else " (`self.forward(x)` goes past hooks, `self(x)` does not)"
+        return (
+            f"{wanted} was not called during the step, so there is nothing to read{hint}. Name a submodule that the "
+            f"step calls. {which}."
+        )
+
+
+def _note_candidate(
+    candidates: dict[str, tuple[int, ...]], name: str, _: nn.Module, inputs: tuple[Any, ...], output: Any
+) -> None:
+    if isinstance(output, Tensor) and output.ndim == 2 and output.is_floating_point():
+        candidates[name] = tuple(output.shape)

@@ -186,28 +186,50 @@ class TensorLoader(ResumableLoader[Split]):
 class TensorClassification(ResumableDataModule, ABC):
     """Classification data that fits into memory: each split is one pair of tensors.
 
-    Subclasses write :meth:`load`. Training batches are shuffled by the seed and the epoch, so that a resumed run sees
-    the order that an uninterrupted one does.
+    Subclasses write :meth:`load`, and set ``num_classes`` as a class attribute. Training batches are shuffled by the
+    seed and the epoch, so that a resumed run sees the order that an uninterrupted one does.
+
+    The training split can be made few-shot or zero-shot; validation and test data stay as they are. The subset depends
+    on the seed alone, keeps the order of the samples, and for one seed a smaller fraction is part of a larger one.
 
     Args:
         batch_size: Samples a batch, in all splits.
         seed: Root seed of splits and order; by default that of ``seed_everything``, else 0.
         drop_last: Leave out a last training batch that is smaller, for strategies that split a batch evenly.
+        train_fraction: Share of the training samples of every class to keep, in (0, 1]; rounded, at least one a class.
+        omit_classes: Classes without a training sample, each in ``[0, num_classes)``; None for no such class.
 
     Raises:
-        ValueError: If ``batch_size`` is below 1.
+        ValueError: If ``batch_size`` is below 1, ``train_fraction`` or a class is out of range, or no class remains;
+            at setup, if no training sample remains.
     """
 
     num_classes: int
     input_shape: tuple[int, ...]
 
-    def __init__(self, batch_size: int, seed: int | None, drop_last: bool) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        seed: int | None,
+        drop_last: bool,
+        train_fraction: float = 1.0,
+        omit_classes: list[int] | None = None,
+    ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        if not 0 < train_fraction <= 1:
+            raise ValueError(
+                f"`train_fraction` must be in (0, 1], got {train_fraction}: give the share of the training samples to "
+                "keep, such as 0.1; 1.0 keeps all."
+            )
+        if omit_classes:
+            self._check_omitted(omit_classes)
         self.batch_size = batch_size
         self.seed = seed
         self.drop_last = drop_last
+        self.train_fraction = train_fraction
+        self.omit_classes = omit_classes
         self.train_data: Split
         self.val_data: Split
         self.test_data: Split
@@ -225,9 +247,40 @@ class TensorClassification(ResumableDataModule, ABC):
             self._load(root_seed(self.seed))
 
     def _load(self, seed: int) -> None:
-        self.train_data, self.val_data, self.test_data = self.load(seed)
+        train, self.val_data, self.test_data = self.load(seed)
+        self.train_data = self._reduced(train, seed)
         self._loaded_seed = seed
         self._is_ready = True
+
+    def _check_omitted(self, omitted: list[int]) -> None:
+        wrong = sorted({label for label in omitted if not 0 <= label < self.num_classes})
+        if wrong:
+            raise ValueError(
+                f"`omit_classes` must be in [0, {self.num_classes}), got {omitted}: leave out "
+                f"{', '.join(map(str, wrong))}."
+            )
+        if len(set(omitted)) == self.num_classes:
+            raise ValueError(
+                f"`omit_classes` names all {self.num_classes} classes, got {omitted}: leave at least one to train on."
+            )
+
+    def _reduced(self, split: Split, seed: int) -> Split:
+        """What ``train_fraction`` and ``omit_classes`` leave of the training data, in its order."""
+        if self.train_fraction == 1 and not self.omit_classes:
+            return split
+        x, y = split
+        keep = ~torch.isin(y, torch.tensor(self.omit_classes or [], dtype=torch.int64))
+        if self.train_fraction < 1:
+            order = torch.randperm(len(y), generator=stream(seed, purpose="data/few_shot"))
+            for label in range(self.num_classes):
+                of_class = order[y[order] == label]
+                keep[of_class[max(1, round(self.train_fraction * len(of_class))) :]] = False
+        if not keep.any():
+            raise ValueError(
+                f"No training sample remains without the classes {self.omit_classes}: omit fewer of them, or load more "
+                f"than {len(y)} samples."
+            )
+        return x[keep], y[keep]
 
     @override
     def state_dict(self) -> dict[str, Any]:

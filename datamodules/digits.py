@@ -19,9 +19,11 @@ class Digits(TensorClassification):
         flatten: Give vectors of 64 pixels instead of images ``(1, 8, 8)``.
         seed: Root seed of splits and order; by default that of ``seed_everything``, else 0.
         drop_last: Leave out a last training batch that is smaller.
+        train_fraction: Few-shot: share of the training samples of every class to keep, in (0, 1]; at least one a class.
+        omit_classes: Zero-shot: classes without a training sample; validation and test data keep theirs.
 
     Raises:
-        ValueError: If a fraction is negative, or nothing remains to train on.
+        ValueError: If a fraction or a class is out of range, or nothing remains to train on.
 
     Example:
         >>> data = Digits(batch_size=32, seed=0)
@@ -29,6 +31,10 @@ class Digits(TensorClassification):
         >>> x, y = next(iter(data.train_dataloader()))
         >>> x.shape, y.shape, len(data.train_data[0])
         (torch.Size([32, 1, 8, 8]), torch.Size([32]), 1258)
+        >>> few = Digits(seed=0, train_fraction=0.1, omit_classes=[0, 1])
+        >>> few.setup()
+        >>> few.train_data[1].bincount().tolist()
+        [0, 0, 13, 13, 13, 13, 13, 11, 13, 12]
 
     Reference:
         Alpaydin, Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998.
@@ -44,8 +50,10 @@ class Digits(TensorClassification):
         flatten: bool = False,
         seed: int | None = None,
         drop_last: bool = False,
+        train_fraction: float = 1.0,
+        omit_classes: list[int] | None = None,
     ) -> None:
-        super().__init__(batch_size, seed, drop_last)
+        super().__init__(batch_size, seed, drop_last, train_fraction, omit_classes)
         if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
             raise ValueError(
                 "`val_fraction` and `test_fraction` must be >= 0 and leave something to train on, got "

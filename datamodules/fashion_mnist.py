@@ -92,6 +92,8 @@ class FashionMNIST(TensorClassification):
         url: Where to fetch them from.
         seed: Root seed of splits and order; by default that of ``seed_everything``, else 0.
         drop_last: Leave out a last training batch that is smaller.
+        train_fraction: Few-shot: share of the training samples of every class to keep, in (0, 1]; at least one a class.
+        omit_classes: Zero-shot: classes without a training sample; validation and test data keep theirs.
 
     Raises:
         ValueError: If an argument is out of range, or a file is damaged.
@@ -121,8 +123,10 @@ class FashionMNIST(TensorClassification):
         url: str = URL,
         seed: int | None = None,
         drop_last: bool = False,
+        train_fraction: float = 1.0,
+        omit_classes: list[int] | None = None,
     ) -> None:
-        super().__init__(batch_size, seed, drop_last)
+        super().__init__(batch_size, seed, drop_last, train_fraction, omit_classes)
         if not 0 <= num_val < 60_000:
             raise ValueError(f"`num_val` must be in [0, 60000), got {num_val}.")
         if num_train is not None and not 1 <= num_train <= 60_000 - num_val:

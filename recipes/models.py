@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 from torchmetrics.classification import MulticlassAccuracy
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
+Schedule = LRSchedulerCallable | Literal["one_cycle", "cosine"]
 
 
 def adam(params: Iterable[Any]) -> Optimizer:
@@ -27,13 +29,16 @@ class Classifier(LightningModule):
     """Cross-entropy training of any network that maps a batch of images to logits.
 
     Logs ``train/loss`` (nats) per step, and ``loss`` and ``acc`` (a fraction in [0, 1]) per epoch under ``val/`` and
-    ``test/``. ``training_step`` is a pure function of parameters and batch, so it can run under `torch.func.vmap`.
+    ``test/``. ``training_step`` is a pure function of parameters and batch, so it can run under `torch.func.vmap`, unless
+    ``net`` has batch normalisation, which keeps running statistics.
 
     Args:
         net: Maps images ``(B, *input_shape)`` to logits ``(B, num_classes)``.
         num_classes: Number of labels.
         optimizer: Builds the optimizer from the parameters.
-        lr_scheduler: Builds a learning-rate schedule, stepped once per optimizer step, from the optimizer.
+        lr_scheduler: Builds a learning-rate schedule, stepped once per optimizer step, from the optimizer; or
+            ``"one_cycle"`` (up to the optimizer's rate in the first 30 % and down) or ``"cosine"`` (from it to 0), over
+            all steps of the fit.
     """
 
     def __init__(
@@ -41,7 +46,7 @@ class Classifier(LightningModule):
         net: nn.Module,
         num_classes: int = 10,
         optimizer: OptimizerCallable = adam,
-        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler: Schedule | None = None,
     ) -> None:
         super().__init__()
         self.net = net
@@ -83,8 +88,20 @@ class Classifier(LightningModule):
             return optimizer
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
+            "lr_scheduler": {"scheduler": self._schedule(self.lr_scheduler, optimizer), "interval": "step"},
         }
+
+    def _schedule(self, wanted: Schedule, optimizer: Optimizer) -> LRScheduler:
+        if callable(wanted):
+            return wanted(optimizer)
+        steps = 1 if self._trainer is None else self.trainer.estimated_stepping_batches  # without a Trainer, of no use
+        if not math.isfinite(steps):
+            raise MisconfigurationException(
+                f"lr_scheduler={wanted!r} spans the whole fit, which has no end: set the Trainer's max_steps or max_epochs."
+            )
+        if wanted == "one_cycle":
+            return OneCycleLR(optimizer, max_lr=optimizer.defaults["lr"], total_steps=max(int(steps), 1))
+        return CosineAnnealingLR(optimizer, T_max=max(int(steps), 1))
 
     def _evaluate(self, stage: str, accuracy: MulticlassAccuracy, batch: tuple[Tensor, Tensor]) -> None:
         x, y = batch
@@ -113,7 +130,7 @@ class SoftmaxRegression(Classifier):
         input_shape: tuple[int, ...] = (1, 28, 28),
         num_classes: int = 10,
         optimizer: OptimizerCallable = adam,
-        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler: Schedule | None = None,
     ) -> None:
         linear = nn.Linear(math.prod(input_shape), num_classes)
         nn.init.zeros_(linear.weight)
@@ -145,13 +162,9 @@ class ConvClassifier(Classifier):
         input_shape: tuple[int, ...] = (1, 28, 28),
         num_classes: int = 10,
         optimizer: OptimizerCallable = adam,
-        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler: Schedule | None = None,
     ) -> None:
-        if len(input_shape) != 3 or min(input_shape[1:]) < 4:
-            raise ValueError(
-                f"`input_shape` must be (channels, height, width) with height and width at least 4, got {input_shape}."
-            )
-        channels, height, width = input_shape
+        channels, height, width = _image_shape(input_shape, smallest=4)
         net = nn.Sequential(
             nn.Conv2d(channels, 16, kernel_size=3, padding=1),
             nn.ReLU(),
@@ -165,3 +178,157 @@ class ConvClassifier(Classifier):
             nn.Linear(128, num_classes),
         )
         super().__init__(net, num_classes, optimizer, lr_scheduler)
+
+
+class SmallCNN(Classifier):
+    """Three 3x3 convolutions of stride 2 with batch normalisation, and one linear layer: 25,978 parameters at width 16.
+
+    The features are averaged to 2x2, so that the number of parameters does not depend on the size of the image. At 8x8
+    the last convolution leaves one pixel: a training batch of a single such image cannot be normalised.
+
+    Args:
+        input_shape: Channels, height and width of one image; height and width at least 8.
+        num_classes: Number of labels.
+        optimizer: Builds the optimizer from the parameters.
+        lr_scheduler: Builds a learning-rate schedule, stepped once per optimizer step, from the optimizer.
+        width: Channels of the first convolution; the others have twice and four times as many.
+
+    Raises:
+        ValueError: If the image is not channels x height x width, or too small, or ``width`` is below 1.
+
+    Example:
+        >>> sum(p.numel() for p in SmallCNN(width=16).parameters())
+        25978
+        >>> SmallCNN(input_shape=(1, 8, 8))(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...] = (1, 28, 28),
+        num_classes: int = 10,
+        optimizer: OptimizerCallable = adam,
+        lr_scheduler: Schedule | None = None,
+        width: int = 16,
+    ) -> None:
+        channels, _, _ = _image_shape(input_shape, smallest=8)
+        _check_width(width)
+        net = nn.Sequential(
+            *_conv_norm(channels, width, stride=2),
+            nn.ReLU(),
+            *_conv_norm(width, 2 * width, stride=2),
+            nn.ReLU(),
+            *_conv_norm(2 * width, 4 * width, stride=2),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(4 * 4 * width, num_classes),
+        )
+        super().__init__(net, num_classes, optimizer, lr_scheduler)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with batch normalisation, added to their input: ``relu(x + f(x))``.
+
+    Where the shape changes, the input goes through a 1x1 convolution with batch normalisation (option B of the paper).
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        stride: Of the first convolution and of the shortcut.
+
+    Reference:
+        He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, Figure 5 (left). arXiv:1512.03385
+
+    Example:
+        >>> BasicBlock(3, 5, stride=2)(torch.zeros(1, 3, 8, 8)).shape
+        torch.Size([1, 5, 4, 4])
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            *_conv_norm(in_channels, out_channels, stride=stride),
+            nn.ReLU(),
+            *_conv_norm(out_channels, out_channels, stride=1),
+        )
+        same = stride == 1 and in_channels == out_channels
+        self.shortcut = (
+            nn.Identity() if same else nn.Sequential(*_conv_norm(in_channels, out_channels, stride=stride, size=1))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features ``(B, in_channels, H, W)`` to ``(B, out_channels, ceil(H / stride), ceil(W / stride))``."""
+        return F.relu(self.shortcut(x) + self.residual(x))
+
+
+class SmallResNet(Classifier):
+    """A residual network of three basic blocks, cheap enough for a CPU: 77,754 parameters at width 16.
+
+    A 3x3 stem, three stages of one block each, global average pooling, a linear layer. Stages 2 and 3 halve the image.
+    Of images with height and width at least 28, the stem has stride 2 (the blocks then work on 14, 7 and 4 pixels of
+    28), of smaller ones stride 1; the number of parameters is the same.
+
+    Args:
+        input_shape: Channels, height and width of one image; height and width at least 8.
+        num_classes: Number of labels.
+        optimizer: Builds the optimizer from the parameters.
+        lr_scheduler: Builds a learning-rate schedule, stepped once per optimizer step, from the optimizer.
+        width: Channels of the stem and of stage 1; stages 2 and 3 have twice and four times as many.
+
+    Raises:
+        ValueError: If the image is not channels x height x width, or too small, or ``width`` is below 1.
+
+    Reference:
+        He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, Section 4.2 (the network for CIFAR-10,
+        here with one block a stage instead of n). arXiv:1512.03385
+
+    Example:
+        >>> sum(p.numel() for p in SmallResNet(width=16).parameters())
+        77754
+        >>> SmallResNet(input_shape=(1, 8, 8))(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...] = (1, 28, 28),
+        num_classes: int = 10,
+        optimizer: OptimizerCallable = adam,
+        lr_scheduler: Schedule | None = None,
+        width: int = 16,
+    ) -> None:
+        channels, *size = _image_shape(input_shape, smallest=8)
+        _check_width(width)
+        net = nn.Sequential(
+            *_conv_norm(channels, width, stride=2 if min(size) >= 28 else 1),
+            nn.ReLU(),
+            BasicBlock(width, width),
+            BasicBlock(width, 2 * width, stride=2),
+            BasicBlock(2 * width, 4 * width, stride=2),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(4 * width, num_classes),
+        )
+        super().__init__(net, num_classes, optimizer, lr_scheduler)
+
+
+def _conv_norm(in_channels: int, out_channels: int, *, stride: int, size: int = 3) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    """A convolution without bias, which the normalisation after it would remove."""
+    conv = nn.Conv2d(in_channels, out_channels, size, stride=stride, padding=size // 2, bias=False)
+    return conv, nn.BatchNorm2d(out_channels)
+
+
+def _image_shape(input_shape: tuple[int, ...], *, smallest: int) -> tuple[int, int, int]:
+    if len(input_shape) != 3 or input_shape[0] < 1 or min(input_shape[1:]) < smallest:
+        raise ValueError(
+            f"`input_shape` must be (channels, height, width) with height and width at least {smallest}, got "
+            f"{input_shape}. Give images, not vectors (flatten=False of the datamodule), and enlarge smaller ones."
+        )
+    channels, height, width = input_shape
+    return channels, height, width
+
+
+def _check_width(width: int) -> None:
+    if width < 1:
+        raise ValueError(f"`width` must be at least 1 channel, got {width}: 8 is small, 16 the default, 64 large.")

@@ -76,7 +76,7 @@ def plot_curves(
         ValueError: If there is no curve, or a label has no seed.
     """
     _need(curves)
-    fig, ax = _axes(ax)
+    fig, ax = figure_and_axes(ax)
     seeds = max(len(of_label) for of_label in curves.values())
     for label, of_label in curves.items():
         points = min(np.size(ys) for _, ys in of_label)
@@ -118,7 +118,7 @@ def plot_sweep(
         ValueError: If there is no point.
     """
     _need(points)
-    fig, ax = _axes(ax)
+    fig, ax = figure_and_axes(ax)
     seeds = 1
     for label, by_value in points.items():
         values = sorted(by_value)
@@ -141,7 +141,8 @@ def _need(what: Mapping[str, object]) -> None:
         raise ValueError(f"There is nothing to plot: {dict(what)}.")
 
 
-def _axes(ax: Axes | None) -> tuple[Figure, Axes]:
+def figure_and_axes(ax: Axes | None) -> tuple[Figure, Axes]:
+    """``ax`` and the figure it is in, or axes of a new figure where None."""
     if ax is None:
         ax = Figure(figsize=(7, 4.5), layout="constrained").subplots()
     fig = ax.get_figure(root=True)

@@ -99,6 +99,6 @@ def test_tap_that_cannot_read_says_what_it_could() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
 
-    with pytest.raises(MisconfigurationException, match=r"Bypasses.forward was not called .* network\.0"):
+    with pytest.raises(MisconfigurationException, match=r"Bypasses.forward was not called .* network\.2 \[24, 3\]"):
         fit("auto", Bypasses(mlp()), callbacks=[Penalty()], steps=1)
     fit("auto", Bypasses(mlp()), callbacks=[Penalty(submodule="network")], data=loader(), steps=1)

@@ -62,6 +62,25 @@ def test_shared_checks(tmp_path: Path) -> None:
     )
 
 
+def test_few_and_zero_shot(tmp_path: Path) -> None:
+    write_small(tmp_path)
+    build = functools.partial(FashionMNIST, root=tmp_path, num_val=10, seed=0)
+    whole, few = build(num_train=40), build(num_train=40, train_fraction=0.5, omit_classes=[1, 2])
+    whole.setup()
+    few.setup()
+    there, kept = (torch.bincount(data.train_data[1], minlength=10).tolist() for data in (whole, few))
+    assert kept == [0 if label in (1, 2) else max(1, round(0.5 * n)) for label, n in enumerate(there)]
+    assert torch.equal(few.val_data[0], whole.val_data[0])
+    assert torch.equal(few.test_data[1], whole.test_data[1])
+    one = build(num_train=1)
+    one.setup()
+    (label,) = one.train_data[1].tolist()
+    with pytest.raises(ValueError, match=rf"No training sample remains without the classes \[{label}\]: omit fewer"):
+        build(num_train=1, omit_classes=[label]).setup()
+    with pytest.raises(ValueError, match=r"`omit_classes` must be in \[0, 10\), got \[10\]"):
+        build(omit_classes=[10])
+
+
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     good = idx(np.zeros((3, 2), dtype=np.uint8))
     for content, message in [

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -7,9 +9,13 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
-from groundwire.recipes import Classifier, ConvClassifier, SoftmaxRegression
+from groundwire.datamodules import Digits
+from groundwire.recipes import Classifier, ConvClassifier, SmallCNN, SmallResNet, SoftmaxRegression
+from groundwire.recipes.models import BasicBlock
 
-MODELS = [SoftmaxRegression, ConvClassifier]
+PURE = [SoftmaxRegression, ConvClassifier]  # without batch normalisation
+NORMALISED = [SmallCNN, SmallResNet]
+MODELS = [*PURE, *NORMALISED]
 QUIET = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 
 
@@ -42,7 +48,82 @@ def test_images_too_small_for_the_cnn_are_refused(shape: tuple[int, ...]) -> Non
         ConvClassifier(input_shape=shape)
 
 
+@pytest.mark.parametrize("model", NORMALISED)
+def test_bad_arguments_of_the_normalised_nets_by_message(model: type[SmallCNN | SmallResNet]) -> None:
+    for shape in ((64,), (28, 28), (1, 7, 8), (0, 8, 8)):
+        with pytest.raises(ValueError, match=r"height and width at least 8, got \(.*flatten=False.*enlarge"):
+            model(input_shape=shape)
+    with pytest.raises(ValueError, match="`width` must be at least 1 channel, got 0: 8 is small"):
+        model(width=0)
+
+
+def cnn_count(channels: int, w: int, classes: int) -> int:
+    kernels = 9 * (channels * w + w * 2 * w + 2 * w * 4 * w)
+    return kernels + 2 * 7 * w + (4 * w * 2 * 2 + 1) * classes  # two numbers a normalised channel
+
+
+def resnet_count(channels: int, w: int, classes: int) -> int:
+    kernels = 9 * (channels * w + 2 * w**2 + (2 + 4) * w**2 + (8 + 16) * w**2)
+    projections = 2 * w**2 + 8 * w**2
+    normalised = w + 2 * w + 3 * 2 * w + 3 * 4 * w
+    return kernels + projections + 2 * normalised + (4 * w + 1) * classes
+
+
+@pytest.mark.parametrize(("channels", "width", "classes"), [(1, 16, 10), (3, 5, 7), (2, 1, 3)])
+@pytest.mark.parametrize("size", [8, 28])
+def test_the_number_of_parameters_is_that_of_the_formula(channels: int, width: int, classes: int, size: int) -> None:
+    for model, count in ((SmallCNN, cnn_count), (SmallResNet, resnet_count)):
+        module = model(input_shape=(channels, size, size), num_classes=classes, width=width)
+        assert sum(p.numel() for p in module.parameters()) == count(channels, width, classes), model
+
+
+@pytest.mark.parametrize(("size", "expected"), [(8, [8, 8, 4, 2]), (27, [27, 27, 14, 7]), (28, [14, 14, 7, 4])])
+def test_the_stem_of_the_resnet_halves_images_of_28_pixels(size: int, expected: list[int]) -> None:
+    module, sizes = SmallResNet(input_shape=(1, size, size)), []
+    x = torch.zeros(1, 1, size, size)
+    for layer in list(module.eval().net.children())[:6]:  # convolution, norm, ReLU, three blocks
+        x = layer(x)
+        sizes.append(x.shape[-1])
+    assert [sizes[0], *sizes[3:]] == expected
+
+
+def test_a_block_whose_residual_is_zero_is_its_shortcut() -> None:
+    x = torch.randn(2, 6, 5, 5)
+    for block in (BasicBlock(6, 6).eval(), BasicBlock(6, 4, stride=2).eval()):
+        assert isinstance(block.residual[-1], nn.BatchNorm2d)
+        nn.init.zeros_(block.residual[-1].weight)
+        if isinstance(block.shortcut, nn.Identity):
+            assert torch.equal(block(x), x.relu())
+        else:
+            conv = block.shortcut[0]
+            assert isinstance(conv, nn.Conv2d)
+            by_hand = torch.einsum("oc,bchw->bohw", conv.weight[:, :, 0, 0], x[:, :, ::2, ::2])
+            assert torch.allclose(block(x), (by_hand / (1 + 1e-5) ** 0.5).relu(), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [8, 28])
 @pytest.mark.parametrize("model", MODELS)
+def test_the_gradient_reaches_every_parameter(model: type[Classifier], size: int) -> None:
+    module = model(input_shape=(1, size, size))  # type: ignore[call-arg]
+    x = torch.randn(16, 1, size, size, generator=torch.Generator().manual_seed(0))
+    nn.functional.cross_entropy(module(x), torch.arange(16) % 10).backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, name
+        assert bool(parameter.grad.isfinite().all()), name
+        assert bool(parameter.grad.abs().sum() > 0), name
+
+
+@pytest.mark.parametrize("model", NORMALISED)
+def test_the_normalised_nets_fit_the_digits(model: type[SmallCNN | SmallResNet], seeded: Callable[[int], None]) -> None:
+    seeded(0)
+    module = model(input_shape=(1, 8, 8), optimizer=lambda params: torch.optim.Adam(params, lr=5e-3))
+    trainer = Trainer(**QUIET, max_epochs=4, enable_model_summary=False)  # type: ignore[arg-type]
+    trainer.fit(module, data := Digits(batch_size=64))
+    (result,) = trainer.test(module, data, verbose=False)
+    assert result["test/acc"] > 0.9
+
+
+@pytest.mark.parametrize("model", PURE)
 def test_the_training_step_runs_under_vmap_with_equal_gradients(model: type[Classifier]) -> None:
     module = model(input_shape=(1, 8, 8))  # type: ignore[call-arg]
     module.log = lambda *args, **kwargs: None  # type: ignore[method-assign,assignment]

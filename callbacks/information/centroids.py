@@ -1,0 +1,129 @@
+"""Running centroids of the classes' output distributions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+
+from groundwire.callbacks.information.functional import class_counts, class_sums
+
+
+class CentroidTable:
+    """Centroids ``Q`` of ``C`` classes as bias-corrected exponential moving averages of batch means.
+
+    A class that was never seen has the uniform distribution. Several rows a class, for several temperatures, are
+    several tables.
+
+    Args:
+        num_classes: Classes ``C``.
+        mu: Weight of the past for each class seen in a batch, in [0, 1).
+        device: Where it lies.
+
+    Attributes:
+        centroids: ``Q``, shape ``(C, C)``, float32; rows are distributions.
+
+    Example:
+        >>> table = CentroidTable(2, mu=0.9)
+        >>> table.update(torch.tensor([[0.8, 0.2]]), torch.tensor([1]))
+        >>> table.centroids
+        tensor([[0.5000, 0.5000],
+                [0.8000, 0.2000]])
+    """
+
+    def __init__(self, num_classes: int, mu: float = 0.99, device: torch.device | str = "cpu") -> None:
+        self.num_classes = num_classes
+        self.mu = mu
+        self.centroids = torch.full((num_classes, num_classes), 1 / num_classes, device=device)
+        self._mean = torch.zeros_like(self.centroids)  # moving sum of means, not corrected
+        self._weight = torch.zeros(num_classes, device=device)
+
+    def update(self, probs: Tensor, target: Tensor, strategy: Strategy | None = None) -> None:
+        """Take in the outputs of a batch.
+
+        Args:
+            probs: Output distributions, shape ``(n, C)``.
+            target: Labels, shape ``(n,)``.
+            strategy: Adds up over its processes, so that all of them hold the same table.
+        """
+        if strategy is None or getattr(strategy, "world_size", 1) == 1:
+            classes, groups = torch.unique(target, return_inverse=True)
+            counts = class_counts(groups, len(classes))
+            means = class_sums(probs.float(), groups, len(classes)) / counts[:, None]
+        else:
+            sums, counts = summed_over_processes(probs, target, self.num_classes, strategy)
+            classes = counts.nonzero().flatten()
+            means = (sums[classes] / counts[classes, None]).float()
+        self._mean[classes] = self.mu * self._mean[classes] + (1 - self.mu) * means
+        self._weight[classes] = self.mu * self._weight[classes] + (1 - self.mu)
+        rows = self._mean[classes] / self._weight[classes, None]
+        self.centroids[classes] = rows / rows.sum(dim=1, keepdim=True)
+
+    def assign(self, sums: Tensor, counts: Tensor) -> None:
+        """Replace the centroids of the classes that were seen by exact means.
+
+        Args:
+            sums: Sum of output distributions of each class, shape ``(C, C)``.
+            counts: Samples of each class, shape ``(C,)``.
+        """
+        classes = counts.nonzero().flatten()
+        rows = sums[classes].double()
+        self.centroids[classes] = (rows / rows.sum(dim=1, keepdim=True)).float()
+        self._mean[classes] = self.centroids[classes]
+        self._weight[classes] = 1.0
+
+    def to(self, device: torch.device | str) -> CentroidTable:
+        """Move to a device, in place."""
+        self.centroids, self._mean = self.centroids.to(device), self._mean.to(device)
+        self._weight = self._weight.to(device)
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that makes it, on the CPU."""
+        return {
+            "centroids": self.centroids.cpu().clone(),
+            "mean": self._mean.cpu().clone(),
+            "weight": self._weight.cpu().clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from another table.
+
+        Args:
+            state: What :meth:`state_dict` gave.
+
+        Raises:
+            MisconfigurationException: If it has another number of classes.
+        """
+        found = len(state["weight"])
+        if found != self.num_classes:
+            raise MisconfigurationException(
+                f"The checkpoint holds centroids for {found} classes, the module outputs {self.num_classes}. Resume "
+                "with the module it was written with."
+            )
+        device = self.centroids.device
+        self.centroids, self._mean, self._weight = (
+            state[name].to(device).clone() for name in ("centroids", "mean", "weight")
+        )
+
+
+def summed_over_processes(probs: Tensor, target: Tensor, num_classes: int, strategy: Strategy) -> tuple[Tensor, Tensor]:
+    """Class sums and counts over the samples of all processes, in one reduction.
+
+    Args:
+        probs: Output distributions of this process, shape ``(n, C)``.
+        target: Labels, shape ``(n,)``.
+        num_classes: Classes ``C``.
+        strategy: Whose processes.
+
+    Returns:
+        Sums ``(C, C)`` and counts ``(C,)``, float64 (float32 where the device has no float64).
+    """
+    dtype = torch.float32 if probs.device.type == "mps" else torch.float64
+    counted = torch.cat([probs.to(dtype), torch.ones_like(probs[:, :1], dtype=dtype)], dim=1)
+    table = strategy.reduce(class_sums(counted, target, num_classes), reduce_op="sum")
+    assert isinstance(table, Tensor)
+    return table[:, :num_classes], table[:, num_classes]

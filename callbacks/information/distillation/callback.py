@@ -1,0 +1,164 @@
+"""Distillation as a callback."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from typing_extensions import override
+
+from groundwire.callbacks.information.distillation.methods import KD, DistillationMethod
+from groundwire.callbacks.information.distillation.teacher import Teacher
+from groundwire.callbacks.information.source import ClassifierCallback, LogitsSource
+from groundwire.callbacks.step import is_logging_step
+from groundwire.plugins.edge import DeviceBatch
+
+
+class Distillation(ClassifierCallback):
+    """Trains a student with ``ce_weight`` times its own loss plus what it has to learn from a teacher.
+
+    The teacher sees the inputs that the student's step gets (what outer callbacks make of them included), once a batch,
+    in evaluation mode and without gradients. It belongs neither to the student's state dict nor to its optimizer;
+    checkpoints hold a fingerprint of its weights, against which a resumed run checks the teacher that it is given.
+
+    Before the first step the teacher is tried on the first batch: one with another number of classes is refused, and one
+    that is right no more often than by chance, as it is when its inputs were normalised otherwise.
+
+    Logs the unweighted terms as ``distillation/<term>`` and the share of the batch on which the teacher is right as
+    ``distillation/teacher_acc``.
+
+    Args:
+        teacher: The trained network, or one of the right architecture whose weights are in ``checkpoint``.
+        checkpoint: A Lightning checkpoint of the teacher, or the folder of its run. Alone, it must name the class that
+            wrote it (``save_hyperparameters()`` under LightningCLI).
+        method: How the student learns; by default :class:`KD`.
+        teacher_inputs: From the student's inputs to the teacher's, where their normalisation differs.
+        check_teacher: Refuse a teacher that is right no more often than by chance.
+        source: Where the student's logits and the labels are found.
+
+    Raises:
+        MisconfigurationException: If there is no teacher, or it does not fit the student.
+        FileNotFoundError: At setup, if there is no checkpoint.
+        ValueError: At setup, if the checkpoint does not fit the network.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> teacher = nn.Linear(4, 3)
+        >>> callback = Distillation(teacher, method=KD(temperature=2.0))
+        >>> trainer = Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
+
+    Reference:
+        Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015. arXiv:1503.02531
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module | None = None,
+        checkpoint: str | Path | None = None,
+        method: DistillationMethod | None = None,
+        teacher_inputs: Callable[[Any], Any] | None = None,
+        check_teacher: bool = True,
+        source: LogitsSource | None = None,
+    ) -> None:
+        super().__init__(source, "distillation")
+        self.teacher = Teacher(teacher, checkpoint, teacher_inputs)
+        self.method = method or KD()
+        self.check_teacher = check_teacher
+        self._tried = False
+        self._fingerprint: str | None = None
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.teacher.prepare(pl_module, trainer.strategy.root_device)
+            self._fingerprint = self.teacher.fingerprint()
+            self._tried = False
+        super().setup(trainer, pl_module, stage)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self.teacher.release()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self.teacher.release()
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._tried:
+            return
+        self._tried = True
+        first = batch.row(0) if isinstance(batch, DeviceBatch) else batch
+        inputs, labels = self.source.inputs_and_labels(first)
+        with trainer.precision_plugin.forward_context():
+            logits = self.teacher(inputs)
+        try:
+            logits, target = self.source.prepare(logits, labels)
+        except ValueError as error:
+            raise MisconfigurationException(f"The teacher does not fit the data: {error}") from error
+        right = int((logits.argmax(dim=1) == target).sum())
+        if self.check_teacher and right <= most_by_chance(len(target), logits.shape[1]):
+            raise MisconfigurationException(
+                f"The teacher is right on {right} of the first {len(target)} training samples, which is no better than "
+                f"chance for {logits.shape[1]} classes. Is its input normalised like the student's? If not, pass "
+                "`teacher_inputs`. Is it trained? Pass `checkpoint`. To go on all the same, check_teacher=False."
+            )
+
+    @override
+    def total_loss(self, own_loss: Tensor, logits: Tensor, target: Tensor, batch: Any) -> Tensor:
+        inputs, _ = self.source.inputs_and_labels(batch)
+        with self.trainer.precision_plugin.forward_context():
+            raw = self.teacher(inputs)
+        teacher, _ = self.source.prepare(raw, target)
+        if teacher.shape[-1] != logits.shape[-1]:
+            raise MisconfigurationException(
+                f"The teacher has {teacher.shape[-1]} classes and the student {logits.shape[-1]}: distillation compares "
+                "outputs class by class. Use a teacher of the same classes."
+            )
+        terms = self.method.terms(logits, teacher, target, self.trainer.current_epoch)
+        if is_logging_step(self.trainer):
+            right = (teacher.argmax(dim=1) == target).to(logits.dtype).mean()
+            self.log_terms({name: term.value for name, term in terms.items()} | {"teacher_acc": right})
+        loss = self.method.ce_weight * own_loss
+        for weight, value in terms.values():
+            loss = loss + weight * value
+        return loss
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"teacher": self._fingerprint}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._fingerprint is not None and state_dict["teacher"] not in (None, self._fingerprint):
+            raise MisconfigurationException(
+                f"The checkpoint was written with another teacher (SHA-256 {state_dict['teacher'][:12]}, now "
+                f"{self._fingerprint[:12]}). Resume with the same one."
+            )
+
+
+def most_by_chance(samples: int, num_classes: int) -> int:
+    """How many right answers a guesser reaches or exceeds with a probability of about one in a thousand.
+
+    Args:
+        samples: Samples ``n``.
+        num_classes: Classes ``C``.
+
+    Returns:
+        Mean plus three standard deviations of the binomial ``(n, 1/C)``, at most ``n - 1``, rounded down.
+
+    Example:
+        >>> most_by_chance(128, 10)
+        22
+    """
+    p = 1 / num_classes
+    return min(samples - 1, math.floor(samples * p + 3 * math.sqrt(samples * p * (1 - p))))

@@ -1,0 +1,205 @@
+"""MCMI: a teacher with more conditional mutual information, from which students learn better."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from typing_extensions import override
+
+from groundwire.callbacks.information.centroids import CentroidTable, summed_over_processes
+from groundwire.callbacks.information.cmic import CentroidCallback, QUpdate
+from groundwire.callbacks.information.functional import log_probs
+from groundwire.callbacks.information.source import LogitsSource
+from groundwire.callbacks.step import Notes, is_logging_step
+from groundwire.callbacks.weights import load_weights
+from groundwire.plugins.edge import DeviceBatch
+
+
+class MaximumCMI(CentroidCallback):
+    """MCMI: fine-tunes a trained teacher with ``loss - lam * CMI``, so that its outputs tell samples of a class apart.
+
+    Before the first step, one pass over the training data gives the centroids of the classes, in evaluation mode; they
+    stay as they are, as in the authors' code. Neither the module's random stream nor the loader's order is touched: with
+    ``lam=0`` the run equals plain fine-tuning bit for bit. Training stops with an error if the accuracy on the training
+    data falls by more than ``max_accuracy_drop``. Logs ``mcmi/cmi_nats``, ``mcmi/lam``, and ``mcmi/train_acc`` per
+    epoch.
+
+    Args:
+        lam: Weight, at least 0 and at most 1; the authors use 0.1 to 0.25.
+        checkpoint: Trained weights to start from: a Lightning checkpoint, or the folder of a run; by default the
+            module's own.
+        q_update: ``"none"``; or ``"batch"`` or ``"epoch"`` to update the centroids.
+        q_pass_mode: ``"eval"``, or ``"train"`` as the authors do, which also moves BatchNorm's running statistics.
+        mu: Weight of the past in the update after a batch.
+        q_min: Centroid entries are clamped at this: it bounds what moving mass onto a rare output can gain.
+        max_accuracy_drop: Largest fall of the training accuracy over an epoch's mean, a fraction.
+        allow_large_lambda: Allow ``lam > 1``.
+        source: Where logits and labels are found. For the pass, the module is called with the batch's inputs.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        FileNotFoundError: At setup, if there is no checkpoint.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[MaximumCMI(lam=0.15)], logger=False, enable_checkpointing=False)
+
+    Reference:
+        Ye, Mohajer Hamidi, Tan, Yang, "Bayes Conditional Distribution Estimation for Knowledge Distillation Based on
+        Conditional Mutual Information", ICLR 2024. arXiv:2401.08732
+    """
+
+    def __init__(
+        self,
+        lam: float = 0.15,
+        checkpoint: str | Path | None = None,
+        q_update: QUpdate = "none",
+        q_pass_mode: Literal["eval", "train"] = "eval",
+        mu: float = 0.9999,
+        q_min: float = 1e-4,
+        max_accuracy_drop: float = 0.05,
+        allow_large_lambda: bool = False,
+        source: LogitsSource | None = None,
+    ) -> None:
+        super().__init__(source, "mcmi", q_update, mu, q_min)
+        if not 0 <= lam < math.inf:
+            raise ValueError(
+                f"`lam` must be finite and at least 0, got {lam}: MaximumCMI makes CMI large. To make it small, use "
+                "CMIConstraint."
+            )
+        if lam > 1 and not allow_large_lambda:
+            raise ValueError(
+                f"lam={lam} pulls outputs apart whatever the label says: use at most 1 (0.1 to 0.25 is usual), or pass allow_large_lambda=True."
+            )
+        if q_pass_mode not in ("eval", "train"):
+            raise ValueError(f"`q_pass_mode` must be 'eval' or 'train', got {q_pass_mode!r}.")
+        if not 0 <= max_accuracy_drop <= 1:
+            raise ValueError(f"`max_accuracy_drop` must be in [0, 1], got {max_accuracy_drop}.")
+        self.lam = lam
+        self.checkpoint = checkpoint
+        self.q_pass_mode = q_pass_mode
+        self.max_accuracy_drop = max_accuracy_drop
+        self._initial_accuracy: float | None = None
+        self._correct: Tensor | None = None  # of this epoch: right predictions, samples
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._initial_accuracy = self._correct = None
+            if self.checkpoint is not None and trainer.ckpt_path is None:  # not when a run is resumed
+                load_weights(pl_module, self.checkpoint)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._initial_accuracy is not None:  # resumed
+            return
+        sums, counts, right = torch.zeros(()), torch.zeros(()), torch.zeros(())
+        with _mode(pl_module, training=self.q_pass_mode == "train"):
+            for logits, target in training_outputs(trainer, pl_module, self.source):
+                probs = log_probs(logits).exp()
+                these, of_class = summed_over_processes(probs, target, probs.shape[1], trainer.strategy)
+                these_right = trainer.strategy.reduce((probs.argmax(dim=1) == target).sum().to(these), reduce_op="sum")
+                sums, counts, right = sums.to(these) + these, counts.to(these) + of_class, right.to(these) + these_right
+        if not sums.ndim:
+            raise ValueError("MaximumCMI needs the outputs on the training data, but the train loader is empty.")
+        self.table = CentroidTable(sums.shape[0], self.mu, pl_module.device)
+        self.table.assign(sums, counts)
+        self._initial_accuracy = float(right / counts.sum())
+        rank_zero_info(f"MaximumCMI starts from a training accuracy of {self._initial_accuracy:.4f}.")
+
+    @override
+    def total_loss(self, own_loss: Tensor, logits: Tensor, target: Tensor, batch: Any) -> Tensor:
+        log_p = log_probs(logits)
+        cmi = self.divergence(log_p, target)
+        self.keep_for_update(log_p, target)
+        self.note(correct=log_p.argmax(dim=1) == target)
+        if is_logging_step(self.trainer):
+            self.log_terms({"cmi_nats": cmi, "lam": self.lam})
+        return own_loss - self.lam * cmi
+
+    @override
+    def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, notes: Notes) -> None:
+        super().after_step(trainer, pl_module, notes)
+        correct = notes["correct"]
+        now = torch.stack([correct.sum(), torch.tensor(len(correct), device=correct.device)]).double()
+        self._correct = now if self._correct is None else self._correct.to(now.device) + now
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._correct is None or self._initial_accuracy is None:
+            return
+        correct, samples = trainer.strategy.reduce(self._correct, reduce_op="sum")
+        self._correct = None
+        accuracy = float(correct / samples)
+        pl_module.log(f"{self.name}/train_acc", accuracy)
+        if accuracy < self._initial_accuracy - self.max_accuracy_drop:
+            raise RuntimeError(
+                f"MaximumCMI(lam={self.lam}) has brought the training accuracy from {self._initial_accuracy:.4f} down to "
+                f"{accuracy:.4f}. Lower `lam` or the learning rate, or raise `max_accuracy_drop`."
+            )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {
+            "initial_accuracy": self._initial_accuracy,
+            "correct": None if self._correct is None else self._correct.cpu(),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._initial_accuracy, self._correct = state_dict["initial_accuracy"], state_dict["correct"]
+
+
+@torch.no_grad()
+def training_outputs(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, source: LogitsSource
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One pass over the training data, which leaves the loader and the global random streams as they were.
+
+    Args:
+        trainer: A Trainer whose training has started.
+        pl_module: The module; it is called with each batch's inputs, in the mode it is in.
+        source: Where logits and labels are found.
+
+    Yields:
+        Logits ``(n, C)`` and labels ``(n,)`` of each batch, or of each device's share of it.
+    """
+    loader: Any = trainer.train_dataloader
+    place = loader.state_dict() if hasattr(loader, "state_dict") else None
+    with isolate_rng():
+        for number, batch in enumerate(loader):
+            if number >= trainer.num_training_batches:
+                break
+            batch = trainer.strategy.batch_to_device(batch)
+            rows = [batch.row(i) for i in range(len(batch))] if isinstance(batch, DeviceBatch) else [batch]
+            for row in rows:
+                inputs, labels = source.inputs_and_labels(row)
+                with trainer.precision_plugin.forward_context(), source.open(pl_module) as calls:
+                    pl_module(inputs)
+                yield source.prepare(source.logits(calls), labels)
+    if place is not None:
+        loader.load_state_dict(place)
+
+
+@contextmanager
+def _mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """Put all submodules into one mode, and each back into its own."""
+    before = [(sub, sub.training) for sub in module.modules()]
+    module.train(training)
+    try:
+        yield
+    finally:
+        for sub, was_training in before:
+            sub.training = was_training

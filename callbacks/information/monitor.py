@@ -1,0 +1,183 @@
+"""Watches concentration and separation of a network's outputs during training, and draws them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
+from matplotlib.figure import Figure
+from torch import Tensor
+from typing_extensions import override
+
+from groundwire.callbacks.information.functional import log_probs
+from groundwire.callbacks.information.metrics import NormalizedCMI
+from groundwire.callbacks.information.plots import plot_centroids, plot_cmi_evolution, plot_simplex
+from groundwire.callbacks.information.source import LogitsSource
+from groundwire.callbacks.step import Step, StepCallback
+
+_SHOWN = 2000  # outputs in the picture of the simplex
+
+
+class CMIMonitor(StepCallback):
+    """Logs CMI, Gamma, NCMI and accuracy on the validation and test data, and draws how they evolve.
+
+    Logs ``val/cmi_nats``, ``val/gamma_nats``, ``val/ncmi`` and ``val/top1``, the same under ``test/``. At the end of the
+    fit, pictures go to ``<dirpath>`` and to every logger that takes images (W&B, TensorBoard): the path of CMI against
+    Gamma over the epochs, the class centroids as a heat map, and the outputs on the simplex. The path is part of the
+    checkpoint: a resumed run draws the whole of it.
+
+    Args:
+        temperature: Outputs are ``softmax(logits / temperature)``.
+        pictures: Whether to draw.
+        dirpath: Folder of the pictures; ``<default_root_dir>/pictures`` where None.
+        class_names: Names of the classes in the pictures.
+        source: Where logits and labels are found.
+
+    Raises:
+        ValueError: If the temperature is not positive.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[CMIMonitor()], logger=False, enable_checkpointing=False)
+
+    Reference:
+        Yang, Mohajer Hamidi, Ye, Tan, Yang, "Conditional Mutual Information Constrained Deep Learning for
+        Classification", 2023. arXiv:2309.09123
+    """
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        pictures: bool = True,
+        dirpath: str | Path | None = None,
+        class_names: list[str] | None = None,
+        source: LogitsSource | None = None,
+    ) -> None:
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"`temperature` must be positive, got {temperature}.")
+        self.temperature = temperature
+        self.pictures = pictures
+        self.dirpath = dirpath
+        self.class_names = class_names
+        self.source = source or LogitsSource()
+        self.history: dict[str, list[float]] = {"epoch": [], "cmi_nats": [], "gamma_nats": [], "ncmi": [], "top1": []}
+        self._trainer: pl.Trainer | None = None
+        self._pl_module: pl.LightningModule | None = None
+        self._metric: NormalizedCMI | None = None
+        self._shown: list[tuple[Tensor, Tensor]] = []
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._trainer, self._pl_module = trainer, pl_module
+        if stage == "fit" and trainer.global_step == 0:
+            for values in self.history.values():
+                values.clear()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._trainer = self._pl_module = self._metric = None
+        self._shown = []
+
+    @override
+    def around_evaluation(self, step: Step, batch: Any) -> Any:
+        assert self._trainer is not None
+        assert self._pl_module is not None
+        if self._trainer.sanity_checking:
+            return step(batch)
+        with self.source.open(self._pl_module) as calls:
+            output = step(batch)
+        _, labels = self.source.inputs_and_labels(batch)
+        with torch.autocast(self._pl_module.device.type, enabled=False):
+            logits, target = self.source.prepare(self.source.logits(calls), labels)
+            if self._metric is None:
+                self._metric = NormalizedCMI(logits.shape[1], temperature=self.temperature, validate_args=False)
+                self._metric.to(logits.device)
+            self._metric.update(logits, target)
+            if self.pictures and sum(len(y) for _, y in self._shown) < _SHOWN:
+                self._shown.append((log_probs(logits.detach(), 1 / self.temperature).exp().cpu(), target.cpu()))
+        return output
+
+    @override
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start()
+
+    @override
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start()
+
+    @override
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or self._metric is None:
+            return
+        values = self._log("val", pl_module)
+        if trainer.state.fn == "fit":
+            for name, value in ({"epoch": trainer.current_epoch} | values).items():
+                self.history[name].append(float(value))
+
+    @override
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._metric is not None:
+            self._log("test", pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.pictures and self._metric is not None:
+            self._draw(trainer, self._metric.centroids.cpu())
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": {name: list(values) for name, values in self.history.items()}}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = {name: list(values) for name, values in state_dict["history"].items()}
+
+    def _start(self) -> None:
+        self._shown = []
+        if self._metric is not None:
+            self._metric.reset()
+
+    def _log(self, stage: str, pl_module: pl.LightningModule) -> dict[str, float]:
+        assert self._metric is not None
+        found = self._metric.compute()
+        values = {
+            "cmi_nats": float(found["cmi"]),
+            "gamma_nats": float(found["gamma"]),
+            "ncmi": float(found["ncmi"]),
+            "top1": float(found["accuracy"]),
+        }
+        exact = {f"{stage}/{name}": torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+        pl_module.log_dict(exact, sync_dist=True)
+        return values
+
+    @rank_zero_only
+    def _draw(self, trainer: pl.Trainer, centroids: Tensor) -> None:
+        folder = Path(self.dirpath) if self.dirpath is not None else Path(trainer.default_root_dir) / "pictures"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = {"run": (self.history["gamma_nats"], self.history["cmi_nats"])}
+        probs, labels = (torch.cat(part) for part in zip(*self._shown, strict=True))
+        seen = ~centroids.isnan().any(dim=1)
+        figures = {
+            "cmi_evolution": plot_cmi_evolution(path, accuracy={"run": self.history["top1"]})[0],
+            "simplex": plot_simplex(probs, labels, class_names=self.class_names)[0],
+        }
+        if bool(seen.all()):
+            figures["centroids"] = plot_centroids(centroids, class_names=self.class_names)[0]
+        for name, figure in figures.items():
+            file = folder / f"{name}.png"
+            figure.savefig(file, dpi=130)
+            for logger in trainer.loggers:
+                _show(logger, f"pictures/{name}", file, figure, trainer.global_step)
+
+
+def _show(logger: Any, key: str, file: Path, figure: Figure, step: int) -> None:
+    """Give a picture to a logger that takes some."""
+    if hasattr(logger, "log_image"):  # W&B
+        logger.log_image(key, [str(file)])
+    elif hasattr(getattr(logger, "experiment", None), "add_figure"):  # TensorBoard
+        logger.experiment.add_figure(key, figure, global_step=step)

@@ -1,0 +1,317 @@
+"""Where a callback finds logits, labels and inputs in a step of somebody else's module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from groundwire.callbacks.information.functional import check_logits
+from groundwire.callbacks.step import Call, Step, StepCallback, Tap, loss_of, with_loss
+
+_LABELS = ("label", "labels", "y", "target", "targets")
+_INPUTS = ("x", "image", "images", "input", "inputs", "pixel_values", "img", "features")
+
+Unpack = Callable[[Any], tuple[Any, Any]]
+
+
+class LogitsSource:
+    """Finds logits, labels and inputs in a step of an unmodified LightningModule.
+
+    Args:
+        submodule: Dotted name of the submodule whose output are the logits; empty for the module's own ``forward``.
+        call: Which forward call of the step, if there are several: ``"first"``, ``"last"``, or its number.
+        unpack: From the batch to ``(inputs, labels)``. By default the first two entries of a tuple or list, or the
+            usual keys of a mapping (``x``, ``image``, ``input``; ``y``, ``label``, ``target``, and their plurals).
+        from_probs: The module gives probabilities instead of logits.
+        binary: The module gives one logit ``z`` for two classes; ``[-z/2, z/2]`` is used.
+        flatten: Take outputs ``(B, C, ...)`` with labels ``(B, ...)``, as in segmentation, each position a sample.
+
+    Raises:
+        ValueError: If ``call`` is neither.
+
+    Example:
+        >>> LogitsSource("model.head", call="first").submodule
+        'model.head'
+    """
+
+    def __init__(
+        self,
+        submodule: str = "",
+        call: Literal["first", "last"] | int = "last",
+        unpack: Unpack | None = None,
+        from_probs: bool = False,
+        binary: bool = False,
+        flatten: bool = False,
+    ) -> None:
+        if not (call in ("first", "last") or (isinstance(call, int) and call >= 0)):
+            raise ValueError(f"`call` must be 'first', 'last' or a number from 0, got {call!r}.")
+        self.submodule = submodule
+        self.call = call
+        self.unpack = unpack
+        self.from_probs = from_probs
+        self.binary = binary
+        self.flatten = flatten
+        self._tap = Tap(submodule)
+        self._looked_at_values = False
+
+    @contextmanager
+    def open(self, module: pl.LightningModule) -> Iterator[list[Call]]:
+        """Collect the calls of a step; see :meth:`Tap.open`."""
+        with self._tap.open(module) as calls:
+            yield calls
+
+    def logits(self, calls: list[Call]) -> Tensor:
+        """The logits among the calls, as the module gave them.
+
+        Args:
+            calls: What :meth:`open` collected.
+
+        Returns:
+            A tensor; of a mapping or object the entry ``logits``.
+
+        Raises:
+            MisconfigurationException: If there were too few calls, or the output holds no logits.
+        """
+        index = self.call if isinstance(self.call, int) else 0 if self.call == "first" else -1
+        if index >= len(calls):
+            raise MisconfigurationException(
+                f"`call` is {self.call}, but the step called forward {len(calls)} times: use a number below that."
+            )
+        output = calls[index].output
+        if isinstance(output, Mapping):
+            output = output.get("logits", output)
+        found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if not isinstance(found, Tensor):
+            raise MisconfigurationException(
+                f"The output of {self.submodule or 'forward'!r} is a {type(output).__name__} without `logits`. Name the "
+                "submodule that gives the logits, e.g. LogitsSource('model.head')."
+            )
+        return found
+
+    def inputs_and_labels(self, batch: Any) -> tuple[Any, Tensor]:
+        """Inputs and labels of a batch.
+
+        Args:
+            batch: What the step receives.
+
+        Returns:
+            The pair; the labels are a tensor.
+
+        Raises:
+            MisconfigurationException: If they cannot be told.
+        """
+        if self.unpack is not None:
+            return self.unpack(batch)
+        if isinstance(batch, Mapping):
+            inputs = next((batch[key] for key in _INPUTS if key in batch), None)
+            labels = next((batch[key] for key in _LABELS if key in batch), None)
+            what = f"a mapping with {', '.join(map(str, batch))}"
+        elif isinstance(batch, tuple | list) and len(batch) >= 2:
+            inputs, labels = batch[0], batch[1]
+            what = f"a {type(batch).__name__} of {len(batch)}"
+        else:
+            inputs, labels, what = None, None, f"a {type(batch).__name__}"
+        if not isinstance(labels, Tensor):
+            raise MisconfigurationException(
+                f"Cannot tell inputs and labels of a batch that is {what}. Say how: "
+                "LogitsSource(unpack=lambda batch: (batch['image'], batch['class']))."
+            )
+        return inputs, labels
+
+    def prepare(self, logits: Tensor, target: Tensor, soft: bool = False) -> tuple[Tensor, Tensor]:
+        """Logits ``(n, C)`` in float32 or wider, and labels ``(n,)``, from what module and batch hold.
+
+        Args:
+            logits: What the module gave.
+            target: What the batch holds.
+            soft: Whether distributions ``(n, C)`` are welcome as labels.
+
+        Returns:
+            The pair.
+
+        Raises:
+            ValueError: If they do not fit together; the message says what to change.
+            RuntimeError: If a logit is NaN or infinite.
+        """
+        logits, target = as_rows(logits, target, from_probs=self.from_probs, binary=self.binary, flatten=self.flatten)
+        if not (soft and target.shape == logits.shape):
+            check_logits(logits, target)
+        values_can_be_read = not any(
+            torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in (logits, target)
+        )
+        # reading a value waits for an accelerator: there, once
+        if values_can_be_read and (logits.device.type == "cpu" or not self._looked_at_values):
+            check_values(logits, target, warn=not (self._looked_at_values or self.from_probs))
+            self._looked_at_values = True
+        return logits, target
+
+
+class ClassifierCallback(StepCallback):
+    """A callback that replaces the loss of a classifier's training step by one that also knows logits and labels.
+
+    Subclasses write :meth:`total_loss`.
+
+    Args:
+        source: Where logits and labels are found; by default the module's ``forward`` and the usual places.
+        name: Under which it logs.
+    """
+
+    accepts_soft_labels = False
+
+    def __init__(self, source: LogitsSource | None, name: str) -> None:
+        self.source = source or LogitsSource()
+        self.name = name
+        self._trainer: pl.Trainer | None = None
+        self._pl_module: pl.LightningModule | None = None
+
+    def total_loss(self, own_loss: Tensor, logits: Tensor, target: Tensor, batch: Any) -> Tensor:
+        """The loss to train with.
+
+        Args:
+            own_loss: What the module's step returned.
+            logits: Shape ``(B, C)``, with their graph.
+            target: Labels ``(B,)``.
+            batch: The step's batch.
+
+        Returns:
+            A scalar.
+        """
+        raise NotImplementedError
+
+    @property
+    def trainer(self) -> pl.Trainer:
+        """The Trainer that runs."""
+        assert self._trainer is not None
+        return self._trainer
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"{type(self).__name__} changes the loss that `training_step` returns, but {type(pl_module).__name__} "
+                "sets `automatic_optimization = False`. Return the loss and let Lightning step the optimizer."
+            )
+        self._trainer, self._pl_module = trainer, pl_module
+        super().setup(trainer, pl_module, stage)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._trainer = self._pl_module = None
+
+    @override
+    def around_step(self, step: Step, batch: Any) -> Any:
+        assert self._pl_module is not None
+        with self.source.open(self._pl_module) as calls:
+            output = step(batch)
+        if output is None:
+            return None
+        own_loss = loss_of(output)
+        _, labels = self.source.inputs_and_labels(batch)
+        with torch.autocast(own_loss.device.type, enabled=False):  # also: no half-precision product in our terms
+            logits, target = self.source.prepare(self.source.logits(calls), labels, soft=self.accepts_soft_labels)
+            loss = self.total_loss(own_loss, logits, target, batch)
+        self._refuse_nonfinite(loss, own_loss)
+        return with_loss(output, loss)
+
+    def log_terms(self, values: Mapping[str, Any], reduce_fx: str = "mean") -> None:
+        """Log values of this step under the callback's name, on the Trainer's logging steps.
+
+        Args:
+            values: Numbers or scalar tensors by name.
+            reduce_fx: How devices and processes combine.
+        """
+        assert self._pl_module is not None
+        for name, value in values.items():
+            self._pl_module.log(f"{self.name}/{name}", value, on_step=True, on_epoch=False, reduce_fx=reduce_fx)
+
+    def _refuse_nonfinite(self, loss: Tensor, own_loss: Tensor) -> None:
+        if torch._C._functorch.is_functorch_wrapped_tensor(loss):
+            return  # EdgeStrategy checks every device's update
+        if not bool(torch.isfinite(loss)) and bool(torch.isfinite(own_loss)):
+            raise RuntimeError(
+                f"{type(self).__name__} made a finite loss non-finite at step {self.trainer.global_step}: the logits are "
+                "beyond what it can handle. The weights were not changed. Lower its weight or the learning rate."
+            )
+
+
+def as_rows(
+    logits: Tensor, target: Tensor, *, from_probs: bool = False, binary: bool = False, flatten: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Bring outputs and labels into the form ``(n, C)`` and ``(n,)``.
+
+    Args:
+        logits: What a module gave.
+        target: Its labels.
+        from_probs: It gives probabilities; exact zeros are clamped at the smallest normal number.
+        binary: It gives one logit, ``(n,)`` or ``(n, 1)``.
+        flatten: Outputs are ``(B, C, ...)`` and labels ``(B, ...)``.
+
+    Returns:
+        Logits, at least in float32, and labels.
+
+    Raises:
+        ValueError: If the shapes call for an option that was not given.
+
+    Example:
+        >>> as_rows(torch.tensor([2.0]), torch.tensor([1]), binary=True)[0]
+        tensor([[-1.,  1.]])
+    """
+    if not logits.is_floating_point():
+        raise ValueError(f"expected logits [batch, classes], got shape {tuple(logits.shape)} dtype {logits.dtype}.")
+    if logits.dtype not in (torch.float32, torch.float64):
+        logits = logits.float()
+    if from_probs:
+        logits = logits.clamp_min(torch.finfo(logits.dtype).tiny)
+        logits = logits.log() if not binary else logits.log() - (1 - logits).clamp_min(1e-38).log()
+    if binary:
+        z = logits.reshape(-1) / 2
+        return torch.stack([-z, z], dim=-1), target.reshape(-1).long()
+    if flatten and logits.ndim > 2:
+        return logits.movedim(1, -1).reshape(-1, logits.shape[1]), target.reshape(-1)
+    if logits.ndim > 2:
+        raise ValueError(
+            f"expected logits [batch, classes], got shape {tuple(logits.shape)} dtype {logits.dtype}; for segmentation "
+            "pass flatten=True."
+        )
+    return logits, target
+
+
+def check_values(logits: Tensor, target: Tensor, warn: bool = True) -> None:
+    """Refuse logits that are not finite and labels that are out of range; waits for the device.
+
+    Args:
+        logits: Shape ``(n, C)``.
+        target: Labels ``(n,)``, or distributions ``(n, C)``.
+        warn: Whether to say that logits look like probabilities.
+
+    Raises:
+        RuntimeError: If a logit is NaN or infinite.
+        ValueError: If a label is outside ``[0, C)``.
+    """
+    if len(logits) == 0:
+        return
+    low, high = (float(value) for value in logits.detach().aminmax())
+    if not (low > float("-inf") and high < float("inf")):  # NaN fails both
+        raise RuntimeError(
+            "non-finite logits: the network has diverged, or its input is not finite. Lower the learning rate or check "
+            "the data."
+        )
+    if warn and low >= 0 and high <= 1 and bool((logits.detach().sum(dim=1) - 1).abs().max() < 1e-3):
+        rank_zero_warn("These logits look like probabilities; pass from_probs=True if they are.")
+    if target.is_floating_point():
+        return
+    least, most = (int(value) for value in target.aminmax())
+    if least < 0 or most >= logits.shape[1]:
+        raise ValueError(
+            f"label {least if least < 0 else most} but the logits have {logits.shape[1]} columns: give the network as "
+            "many outputs as there are classes, or count the labels from 0."
+        )
