@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from groundwire.plugins.edge import EdgeStrategy
+from groundwire.plugins.edge.updates import _stack_extras
 
 Step = Callable[[Any], Any]
 """Runs the rest of the step on a batch and returns what the module's step returns."""
@@ -107,46 +108,33 @@ class StepCallback(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         callbacks = [c for c in trainer.callbacks if isinstance(c, StepCallback)]  # type: ignore[attr-defined]
+        strategy = trainer.strategy
+        if isinstance(strategy, EdgeStrategy) and not hasattr(strategy.__dict__.get("training_step"), _MARK):
+            strategy.__dict__["training_step"] = _handing_out_notes(strategy, callbacks)
         for method in _METHODS.get(stage, ()):
             if is_overridden(method, pl_module) and not hasattr(pl_module.__dict__.get(method), _MARK):
                 around = _AROUND[method]
                 taking_part = [c for c in callbacks if getattr(type(c), around) is not getattr(StepCallback, around)]
                 if taking_part:
-                    pl_module.__dict__[method] = _surround(pl_module, method, taking_part)
+                    pl_module.__dict__[method] = _surround(trainer, pl_module, method, taking_part)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        notes = self._take_notes(outputs, of_devices=isinstance(trainer.strategy, EdgeStrategy))
-        if notes:
-            self.after_step(trainer, pl_module, notes)
+        noted, self._noted = self._noted, None
+        if noted:
+            self.after_step(trainer, pl_module, _joined(noted))
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._noted = None
-        _put_back(pl_module)
+        _put_back(pl_module, trainer.strategy)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._noted = None
-        _put_back(pl_module)
-
-    def _take_notes(self, outputs: Any, of_devices: bool) -> Notes:
-        """Take this callback's notes out of what the step returned."""
-        if not isinstance(outputs, dict):
-            return {}
-        holders = outputs.get("devices", [outputs]) if of_devices else [outputs]  # a list where shapes differ
-        stacked = of_devices and "devices" not in outputs
-        found: dict[str, list[Tensor]] = {}
-        for holder in holders:
-            by_callback = holder.get(_NOTES, {})
-            for notes in by_callback.pop(_key(self), []):
-                for name, tensor in notes.items():
-                    found.setdefault(name, []).append(tensor.flatten(0, 1) if stacked else tensor)
-            if _NOTES in holder and not by_callback:
-                del holder[_NOTES]
-        return {name: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for name, tensors in found.items()}
+        _put_back(pl_module, trainer.strategy)
 
 
 def loss_of(output: Any) -> Tensor:
@@ -193,9 +181,21 @@ def _key(callback: StepCallback) -> str:
     return f"{type(callback).__name__}-{id(callback)}"
 
 
-def _surround(pl_module: pl.LightningModule, method: str, callbacks: list[StepCallback]) -> Callable[..., Any]:
+def _joined(calls: list[Notes], dim: int = 0) -> Notes:
+    """The notes of several calls as one."""
+    found: dict[str, list[Tensor]] = {}
+    for notes in calls:
+        for name, tensor in notes.items():
+            found.setdefault(name, []).append(tensor)
+    return {name: tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim) for name, tensors in found.items()}
+
+
+def _surround(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, method: str, callbacks: list[StepCallback]
+) -> Callable[..., Any]:
     found = getattr(pl_module, method)
     around = _AROUND[method]
+    through_outputs = isinstance(trainer.strategy, EdgeStrategy)  # a tensor on `self` would be dead outside of vmap
     if "dataloader_iter" in inspect.signature(found).parameters:
         raise MisconfigurationException(
             f"{type(pl_module).__name__}.{method} takes a `dataloader_iter`: {type(callbacks[0]).__name__} needs to see "
@@ -204,6 +204,8 @@ def _surround(pl_module: pl.LightningModule, method: str, callbacks: list[StepCa
 
     @functools.wraps(found)  # Lightning reads the signature to see whether the step takes a batch index
     def surrounded(batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if method == "training_step" and not trainer.training:  # a validation step that calls the training step
+            return found(batch, *args, **kwargs)
         step: Step = lambda b: found(b, *args, **kwargs)
         for callback in reversed(callbacks):
             step = functools.partial(getattr(callback, around), step)
@@ -212,27 +214,54 @@ def _surround(pl_module: pl.LightningModule, method: str, callbacks: list[StepCa
         for callback in callbacks:
             callback._noted = []
         output = step(batch)
-        notes = {_key(c): c._noted for c in callbacks if c._noted}
+        if not through_outputs or output is None:
+            return output
+        notes = {_key(c): c._noted for c in callbacks if type(c).after_step is not StepCallback.after_step}
         for callback in callbacks:
             callback._noted = None
-        if not notes or output is None:
-            return output
-        return {**(output if isinstance(output, dict) else {"loss": output}), _NOTES: notes}
+        return {**(output if isinstance(output, dict) else {"loss": output}), _NOTES: notes} if notes else output
 
     setattr(surrounded, _MARK, pl_module.__dict__.get(method))
     return surrounded
 
 
-def _put_back(pl_module: pl.LightningModule) -> None:
-    for method in _AROUND:
-        current = pl_module.__dict__.get(method)
-        if not hasattr(current, _MARK):
-            continue
-        before = getattr(current, _MARK)
-        if before is None:
-            del pl_module.__dict__[method]
-        else:
-            pl_module.__dict__[method] = before
+def _handing_out_notes(strategy: EdgeStrategy, callbacks: list[StepCallback]) -> Callable[..., Any]:
+    """The strategy's step, whose output reaches the Trainer, and so all other callbacks, without the notes."""
+    found = strategy.training_step
+
+    @functools.wraps(found)
+    def training_step(*args: Any, **kwargs: Any) -> Any:
+        output = found(*args, **kwargs)
+        if not isinstance(output, dict):
+            return output
+        devices = output.get("devices")  # a list of what each returned, where shapes differ
+        if isinstance(devices, list) and any(isinstance(device, dict) and _NOTES in device for device in devices):
+            noted = [device.pop(_NOTES, {}) for device in devices]
+            for callback in callbacks:
+                callback._noted = [call for calls in noted for call in calls.get(_key(callback), [])]
+            del output["devices"]
+            return output | _stack_extras(devices)
+        stacked = output.pop(_NOTES, {})
+        for callback in callbacks:
+            of_devices = _joined(stacked.get(_key(callback), []), dim=1)
+            callback._noted = [{name: tensor.flatten(0, 1) for name, tensor in of_devices.items()}] if of_devices else []
+        return output
+
+    setattr(training_step, _MARK, strategy.__dict__.get("training_step"))
+    return training_step
+
+
+def _put_back(*owners: Any) -> None:
+    for attributes in (owner.__dict__ for owner in owners):
+        for method in _AROUND:
+            current = attributes.get(method)
+            if not hasattr(current, _MARK):
+                continue
+            before = getattr(current, _MARK)
+            if before is None:
+                del attributes[method]
+            else:
+                attributes[method] = before
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,10 @@ class CentroidTable:
     def __init__(self, num_classes: int, mu: float = 0.99, device: torch.device | str = "cpu") -> None:
         self.num_classes = num_classes
         self.mu = mu
-        self.centroids = torch.full((num_classes, num_classes), 1 / num_classes, device=device)
+        # float32 whatever the default is at the time, which the Trainer's precision may have changed
+        self.centroids = torch.full((num_classes, num_classes), 1 / num_classes, dtype=torch.float32, device=device)
         self._mean = torch.zeros_like(self.centroids)  # moving sum of means, not corrected
-        self._weight = torch.zeros(num_classes, device=device)
+        self._weight = torch.zeros(num_classes, dtype=torch.float32, device=device)
 
     def update(self, probs: Tensor, target: Tensor, strategy: Strategy | None = None) -> None:
         """Take in the outputs of a batch.

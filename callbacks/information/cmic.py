@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from groundwire.callbacks.information.centroids import CentroidTable, summed_over_processes
 from groundwire.callbacks.information.functional import Q_MIN, divergence_to_centroids, log_probs, separation_of
-from groundwire.callbacks.information.source import ClassifierCallback, LogitsSource
+from groundwire.callbacks.information.source import ClassifierCallback, LogitsSource, epochs_done
 from groundwire.callbacks.step import Notes, is_logging_step
 
 QUpdate = Literal["batch", "epoch", "none"]
@@ -92,6 +92,8 @@ class CentroidCallback(ClassifierCallback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._to_restore is not None and "epoch_sums" in self._to_restore:  # resumed at the end of an epoch
+            self._table_for(self._to_restore["epoch_sums"][0].to(pl_module.device))
         if self._epoch_sums is not None and self.table is not None:
             self.table.assign(*self._epoch_sums)
             self._epoch_sums, self._has_exact = None, True
@@ -143,7 +145,8 @@ class CMIConstraint(CentroidCallback):
 
     Args:
         lam: Weight of CMI, at least 0.
-        beta: Weight of Gamma; by default ``0.05 * lam``. It is ``lam`` times the wanted NCMI.
+        beta: Weight of Gamma; by default ``0.01 * lam``. In the paper's terms it is ``lam`` times the wanted NCMI; from
+            about ``0.02 * lam`` on, a small network trained for long runs into ``gamma_cap``.
         gamma_grad: ``"both"``, or ``"first"`` to take the partner's ``log p`` as a constant: stable at any ``beta`` and
             almost inactive.
         gamma_norm: ``"unbiased"`` divides by ``B (B - 1)``, ``"b2"`` by ``B^2`` as the paper does.
@@ -161,7 +164,7 @@ class CMIConstraint(CentroidCallback):
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(callbacks=[CMIConstraint(lam=1.0, beta=0.05)], logger=False, enable_checkpointing=False)
+        >>> trainer = Trainer(callbacks=[CMIConstraint(lam=1.0, beta=0.01)], logger=False, enable_checkpointing=False)
 
     Reference:
         Yang, Mohajer Hamidi, Ye, Tan, Yang, "Conditional Mutual Information Constrained Deep Learning for
@@ -188,7 +191,7 @@ class CMIConstraint(CentroidCallback):
                 f"`lam` must be finite and at least 0, got {lam}: CMIConstraint makes CMI small. To make it large, use "
                 "MaximumCMI."
             )
-        beta = 0.05 * lam if beta is None else beta
+        beta = 0.01 * lam if beta is None else beta
         if not 0 <= beta < math.inf:
             raise ValueError(f"`beta` must be finite and at least 0, got {beta}: CMIConstraint makes Gamma large.")
         if beta > 0 and lam == 0 and not allow_unbounded:
@@ -205,9 +208,9 @@ class CMIConstraint(CentroidCallback):
             raise ValueError(
                 f"`warmup_epochs` must be at least 0 and `gamma_cap` above 0, got {warmup_epochs} and {gamma_cap}."
             )
-        if lam > 0 and beta > 0.1 * lam + 1e-12:
+        if lam > 0 and beta > 0.02 * lam + 1e-12:
             rank_zero_warn(
-                f"beta={beta} is more than a tenth of lam={lam}: logits may grow without limit. Watch cmic/max_logit."
+                f"beta={beta} is more than 0.02 * lam for lam={lam}: logits may grow without limit. Watch cmic/max_logit."
             )
         self.lam = lam
         self.beta = beta
@@ -261,8 +264,4 @@ class CMIConstraint(CentroidCallback):
 
 def warmup(trainer: pl.Trainer, epochs: float) -> float:
     """Weight of a term that grows linearly over the first ``epochs`` epochs, in [0, 1]."""
-    if epochs == 0:
-        return 1.0
-    batches = trainer.num_training_batches
-    done = trainer.current_epoch + (trainer.fit_loop.batch_idx / batches if batches < math.inf else 0.0)
-    return min(1.0, done / epochs)
+    return 1.0 if epochs == 0 else min(1.0, epochs_done(trainer) / epochs)

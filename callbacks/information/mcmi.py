@@ -182,6 +182,7 @@ def training_outputs(
         for number, batch in enumerate(loader):
             if number >= trainer.num_training_batches:
                 break
+            batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))  # as the loop does
             batch = trainer.strategy.batch_to_device(batch)
             rows = [batch.row(i) for i in range(len(batch))] if isinstance(batch, DeviceBatch) else [batch]
             for row in rows:

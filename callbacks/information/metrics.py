@@ -36,7 +36,7 @@ class NormalizedCMI(Metric):
     * ``cmi``: ``I(X; Y_hat | Y)``; ``cmi_per_class``: shape ``(C,)``, NaN for classes without a sample,
     * ``gamma``: separation; ``ncmi``: ``cmi / gamma``,
     * ``h_yhat_given_y``: entropy of the prediction within the classes, an upper bound of ``cmi``,
-    * ``accuracy``: share of samples whose most likely output is the label,
+    * ``accuracy``: share of samples whose most likely output is the label; ``recall_per_class``: of each class,
     * ``n``: samples.
 
     Args:
@@ -209,6 +209,7 @@ class NormalizedCMI(Metric):
             "cmi_per_class": per_class / unit,
             "h_yhat_given_y": (share * entropy.nan_to_num()).sum() / unit,
             "accuracy": self.correct.sum() / n,
+            "recall_per_class": self.correct / self.count,
             "n": n,
         }
         if self.separation is not None:

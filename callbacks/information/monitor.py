@@ -18,14 +18,15 @@ from groundwire.callbacks.information.plots import plot_centroids, plot_cmi_evol
 from groundwire.callbacks.information.source import LogitsSource
 from groundwire.callbacks.step import Step, StepCallback
 
+_LISTED = 100  # classes up to which each is logged
 _SHOWN = 2000  # outputs in the picture of the simplex
 
 
 class CMIMonitor(StepCallback):
     """Logs CMI, Gamma, NCMI and accuracy on the validation and test data, and draws how they evolve.
 
-    Logs ``val/cmi_nats``, ``val/gamma_nats``, ``val/ncmi`` and ``val/top1``, the same under ``test/``. At the end of the
-    fit, pictures go to ``<dirpath>`` and to every logger that takes images (W&B, TensorBoard): the path of CMI against
+    Logs ``val/cmi_nats``, ``val/gamma_nats``, ``val/ncmi`` and ``val/top1``, the same under ``test/``, and there also
+    ``test/recall_<c>`` and ``test/cmi_nats_<c>`` of each class ``c`` (up to 100 classes). At the end of the fit, pictures go to ``<dirpath>`` and to every logger that takes images (W&B, TensorBoard): the path of CMI against
     Gamma over the epochs, the class centroids as a heat map, and the outputs on the simplex. The path is part of the
     checkpoint: a resumed run draws the whole of it.
 
@@ -151,6 +152,9 @@ class CMIMonitor(StepCallback):
             "ncmi": float(found["ncmi"]),
             "top1": float(found["accuracy"]),
         }
+        if stage == "test" and len(found["recall_per_class"]) <= _LISTED:
+            for name, key in (("recall", "recall_per_class"), ("cmi_nats", "cmi_per_class")):
+                values |= {f"{name}_{c}": float(value) for c, value in enumerate(found[key])}
         exact = {f"{stage}/{name}": torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
         pl_module.log_dict(exact, sync_dist=True)
         return values

@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from groundwire.callbacks.information.functional import brier_score
-from groundwire.callbacks.information.source import ClassifierCallback, LogitsSource
+from groundwire.callbacks.information.source import ClassifierCallback, LogitsSource, epochs_done
 from groundwire.callbacks.step import is_logging_step
 
 
@@ -60,6 +60,6 @@ class SquaredErrorTeacher(ClassifierCallback):
         brier = brier_score(logits, target, self.reduction)
         if is_logging_step(self.trainer):
             self.log_terms({"brier": brier})
-        if self.trainer.current_epoch < self.ce_epochs:
+        if epochs_done(self.trainer) < self.ce_epochs:
             return own_loss
         return brier + self.mix * own_loss  # also at 0: parameters of the own loss alone get a zero gradient, not none

@@ -243,6 +243,24 @@ class ClassifierCallback(StepCallback):
             )
 
 
+def epochs_done(trainer: pl.Trainer) -> float:
+    """Epochs done, with the share of the running one.
+
+    Not the Trainer's ``current_epoch``, which after a resume counts an epoch twice if the checkpoint was written in its
+    last step.
+
+    Args:
+        trainer: A Trainer that fits.
+
+    Returns:
+        At least 0; whole where the number of batches in an epoch is unknown.
+    """
+    batches = trainer.num_training_batches
+    if not 0 < batches < float("inf"):
+        return float(trainer.current_epoch)
+    return trainer.fit_loop.total_batch_idx / batches
+
+
 def as_rows(
     logits: Tensor, target: Tensor, *, from_probs: bool = False, binary: bool = False, flatten: bool = False
 ) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import selectors
 import signal
 import subprocess
 import sys
-from collections import deque
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,9 +59,10 @@ def compare_command(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         console.print("Interrupted. The same command goes on from here.")
         return 130
-    finished = [job for job in jobs if (job.folder / _RESULT).is_file()]
+    finished = [job for job in jobs if job.listed and (job.folder / _RESULT).is_file()]
     for job, reason in failures:
-        console.print(f"[red]failed[/]: {job.label}, seed {job.seed}: {reason}  ({job.folder / _LOG})", soft_wrap=True)
+        log = f"  ({job.folder / _LOG})" if (job.folder / _LOG).is_file() else ""  # none of what never began
+        console.print(f"[red]failed[/]: {job.label}, seed {job.seed}: {reason}{log}", soft_wrap=True)
     if finished:
         for path in write_report(study, finished, output):
             console.print(str(path), soft_wrap=True)
@@ -87,7 +88,7 @@ def write_report(study: Study, jobs: list[Job], output: Path) -> list[Path]:
         writer = csv.DictWriter(file, list(table[0]))
         writer.writeheader()
         writer.writerows(table)
-    files[3].write_text(_markdown(table))
+    files[3].write_text(_markdown(table, study.columns))
     by_label: dict[str, list[_Result]] = {}
     for result in results:
         by_label.setdefault(result.job.label, []).append(result)
@@ -171,11 +172,13 @@ class _Pool:
     """Worker processes and the jobs they work on; one progress bar over all."""
 
     def __init__(self, jobs: list[Job], size: int, group: str) -> None:
-        self._waiting = deque(jobs)
+        self._waiting = list(jobs)
+        self._unfinished = {job.folder for job in jobs}
         self._size = min(size, len(jobs))
         self._environment = {"OMP_NUM_THREADS": "1", "WANDB_RUN_GROUP": group} | os.environ
         self._selector = selectors.DefaultSelector()
         self._running: dict[int, tuple[subprocess.Popen[bytes], Job | None]] = {}
+        self._idle: list[int] = []
         self._unread: dict[int, bytes] = {}
         self._reasons: dict[int, str] = {}
         self._fractions: dict[int, tuple[float, str]] = {}
@@ -191,7 +194,7 @@ class _Pool:
                     self._start()
                 while self._running:
                     for key, _ in self._selector.select():
-                        for finished in self._hear(key.fd):
+                        for finished in self._hear(key.fd) if key.fd in self._running else ():
                             done += 1
                             if not console.is_terminal:
                                 console.print(f"{done}/{total} {finished.label}, seed {finished.seed}", soft_wrap=True)
@@ -222,14 +225,13 @@ class _Pool:
         """Take what a worker has said; the jobs that are over with it."""
         data = os.read(fd, 1 << 16)
         *lines, self._unread[fd] = (self._unread[fd] + data).split(b"\n")
-        over = [self._take(fd, json.loads(line)) for line in lines]
-        if not data:
-            over.append(self._lost(fd))
-        return [job for job in over if job is not None]
+        over = [job for line in lines for job in self._take(fd, json.loads(line))]
+        return over if data else over + self._lost(fd)
 
-    def _take(self, fd: int, message: dict[str, Any]) -> Job | None:
-        """Act on one message of a worker; the job that is over with it."""
-        job = self._running[fd][1]
+    def _take(self, fd: int, message: dict[str, Any]) -> list[Job]:
+        """Act on one message of a worker; the jobs that are over with it."""
+        worker, job = self._running[fd]
+        over: list[Job] = []
         if "error" in message:
             self._reasons[fd] = message["error"]
         elif "step" in message and job is not None:
@@ -239,35 +241,54 @@ class _Pool:
         elif "exit" in message and job is not None:
             self._fractions.pop(fd, None)
             reason = self._reasons.pop(fd, None) or f"ended with status {message['exit']}"
-            if message["exit"] != 0:
-                self._failures.append((job, reason))
+            over = self._end(job, reason if message["exit"] != 0 else None)
         if "ready" in message or "exit" in message:
-            self._give(fd)
-        return job if "exit" in message else None
+            self._running[fd] = worker, None
+            self._idle.append(fd)
+            self._hand_out()
+        return over
 
-    def _lost(self, fd: int) -> Job | None:
-        """A worker is gone; another takes its place, unless it never came to work."""
+    def _lost(self, fd: int) -> list[Job]:
+        """A worker is gone; another takes its place, unless it never came to work. The jobs that are over with it."""
         job = self._running[fd][1]
         self._fractions.pop(fd, None)
         self._release(fd)
-        if job is None:
+        if job is None and fd not in self._idle:
             raise CommandError("The process that was to run the comparison ended before it had begun.")
-        self._failures.append((job, "its process was killed"))
+        self._idle = [one for one in self._idle if one != fd]
+        over = self._end(job, "its process was killed") if job is not None else []
         if self._waiting:
             self._start()
-        return job
+        self._hand_out()
+        return over
 
-    def _give(self, fd: int) -> None:
-        """Hand a free worker its next job, or let it go."""
-        worker, _ = self._running[fd]
-        assert worker.stdin is not None
-        if not self._waiting:
-            self._release(fd)
-            return
-        job = self._waiting.popleft()
-        self._running[fd] = worker, job
-        worker.stdin.write((json.dumps({"args": job.args, "folder": str(job.folder)}) + "\n").encode())
-        worker.stdin.flush()
+    def _end(self, job: Job, failure: str | None) -> list[Job]:
+        """Note that a job is over; with it, where it failed, are those that need it."""
+        self._unfinished.discard(job.folder)
+        if failure is None:
+            return [job]
+        self._failures.append((job, failure))
+        stuck = [one for one in self._waiting if job.folder in one.needs]
+        self._waiting = [one for one in self._waiting if one not in stuck]
+        reason = f"it needs {job.label}, seed {job.seed}, which failed"
+        return [job, *(over for one in stuck for over in self._end(one, reason))]
+
+    def _hand_out(self) -> None:
+        """Give the idle workers what can run now, and let them go where nothing is left to wait for."""
+        for fd in list(self._idle):
+            job = next((job for job in self._waiting if self._unfinished.isdisjoint(job.needs)), None)
+            if job is None and self._waiting:
+                return
+            self._idle.remove(fd)
+            if job is None:
+                self._release(fd)
+                continue
+            self._waiting.remove(job)
+            worker, _ = self._running[fd]
+            self._running[fd] = worker, job
+            assert worker.stdin is not None
+            worker.stdin.write((json.dumps({"args": job.args, "folder": str(job.folder)}) + "\n").encode())
+            worker.stdin.flush()
 
     def _release(self, fd: int) -> None:
         worker, _ = self._running.pop(fd)
@@ -312,6 +333,7 @@ def _table(study: Study, results: list[_Result]) -> list[dict[str, Any]]:
             row[study.sweep.label] = "" if value == "nan" else value
         row |= {"seeds": len(some), "rounds": max(one.result["rounds"] for one in some)}
         columns = {final: [one.final(final) for one in some], f"best {study.metric}": [one.best for one in some]}
+        columns |= {name: [one.final(name) for one in some] for name in study.columns}
         columns |= {name: [float(one.last.get(key, math.nan)) for one in some] for key, name in _COLUMNS.items()}
         columns["seconds"] = [one.result["seconds"] for one in some]
         for name, values in columns.items():
@@ -321,25 +343,26 @@ def _table(study: Study, results: list[_Result]) -> list[dict[str, Any]]:
     return table
 
 
-def _markdown(table: list[dict[str, Any]]) -> str:
-    """The table for reading: mean ± std in one cell, no column that nobody has a value for."""
+def _markdown(table: list[dict[str, Any]], short: Container[str]) -> str:
+    """The table for reading: mean ± std in one cell, four digits in those of ``short``, no column without a value."""
     names = [name.removesuffix(" mean") for name in table[0] if name.endswith(" mean")]
     names = [name for name in names if not all(math.isnan(row[f"{name} mean"]) for row in table)]
     plain = [name for name in table[0] if not name.endswith((" mean", " std"))]
     lines = ["| " + " | ".join(plain + names) + " |", "|" + "---|" * len(plain + names)]
     for row in table:
         cells = [str(row[name]) for name in plain]
-        cells += [_cell(name, row[f"{name} mean"], row[f"{name} std"], row["seeds"]) for name in names]
+        for name in names:
+            digits = ".4f" if name.endswith(("acc", "loss")) else ",.4g" if name in short else ",.6g"
+            cells.append(_cell(row[f"{name} mean"], row[f"{name} std"], row["seeds"], digits))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(name: str, mean: float, spread: float, seeds: int) -> str:
+def _cell(mean: float, spread: float, seeds: int, digits: str) -> str:
     if math.isnan(mean):
         return "-"
-    fraction = name.endswith(("acc", "loss"))
-    shown = f" ± {spread:{'.4f' if fraction else '.2g'}}" if seeds > 1 and spread > 1e-6 * abs(mean) else ""
-    return f"{mean:{'.4f' if fraction else ',.6g'}}{shown}"
+    shown = f" ± {spread:{'.4f' if digits == '.4f' else '.2g'}}" if seeds > 1 and spread > 1e-6 * abs(mean) else ""
+    return f"{mean:{digits}}{shown}"
 
 
 def _final_metric(study: Study, results: list[_Result]) -> str:

@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-        if not isinstance(error, MisconfigurationException):
+        # data or a checkpoint that a part misses and says how to get; an error of the operating system has a number
+        missing = isinstance(error, FileNotFoundError) and error.errno is None
+        if not (missing or isinstance(error, MisconfigurationException)):
             raise
         return _fail(error)
 

@@ -11,8 +11,18 @@ from typing import Any
 
 import pytest
 import wandb
+import yaml
 
 from groundwire.cli import main
+from groundwire.recipes.catalog import Recipe, all_recipes
+
+RECIPES = [recipe for recipe in all_recipes() if not recipe.is_overlay]
+every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+FAMILIES = {  # the overlay that needs no data to be there, and arguments for epochs of two steps, each of them logged
+    "edge": ("digits", ["--data.rounds_per_epoch=2"]),
+    "information": ("digits_central", ["--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1"]),
+}
+UNTRACKED = ("--trainer.logger", "groundwire.callbacks.reporting.MetricsCSV")  # W&B is tested once, elsewhere
 
 TINY = """\
 # A tiny recipe.
@@ -63,6 +73,42 @@ def groundwire(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Callable[
         return status, output.out, output.err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run of ``cross_entropy``, long enough to be better than chance: other teachers are refused."""
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    overlay, _ = FAMILIES["information"]
+    words = ("--config=cross_entropy", f"--config={overlay}", *UNTRACKED, "--trainer.max_steps=40")
+    process = start("fit", *words, f"--trainer.default_root_dir={folder}")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return folder
+
+
+@pytest.fixture
+def short(request: pytest.FixtureRequest) -> Callable[[Recipe], list[str]]:
+    """What lets a recipe run here, within seconds: overlay, epochs of two steps, and a teacher where it needs one."""
+
+    def words(recipe: Recipe) -> list[str]:
+        overlay, few = FAMILIES[recipe.family]
+        given = few if teacher_of(recipe) is None else [*few, checkpoint_argument(request.getfixturevalue("teacher"))]
+        return [f"--config={overlay}", *given]
+
+    return words
+
+
+def teacher_of(recipe: Recipe) -> str | None:
+    """Where a recipe looks for its teacher: the ``checkpoint`` of its last callback."""
+    last = yaml.safe_load(recipe.path.read_text())["trainer"]["callbacks"][-1]
+    checkpoint: str | None = last.get("init_args", {}).get("checkpoint")
+    return checkpoint
+
+
+def checkpoint_argument(path: Path) -> str:
+    """Another teacher for a recipe; of a list of callbacks, such an argument is for the last."""
+    return f"--trainer.callbacks.init_args.checkpoint={path}"
 
 
 def start(*argv: object, **kwargs: Any) -> subprocess.Popen[str]:

@@ -14,14 +14,25 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from cli_fixtures import groundwire, only_run, start, workplace
+from cli_fixtures import (
+    FAMILIES,
+    RECIPES,
+    UNTRACKED,
+    every_recipe,
+    groundwire,
+    only_run,
+    short,
+    start,
+    teacher,
+    teacher_of,
+    workplace,
+)
 
-from groundwire.recipes.catalog import all_recipes
+from groundwire.recipes.catalog import Recipe
 
-__all__ = ["groundwire", "workplace"]  # fixtures
+__all__ = ["groundwire", "short", "teacher", "workplace"]  # fixtures
 
 Run = Callable[..., tuple[int, str, str]]
-RECIPES = [recipe.name for recipe in all_recipes() if not recipe.is_overlay]
 TIMED = ("time", "seconds", "wall")
 
 
@@ -42,9 +53,11 @@ def final_weights(folder: Path) -> torch.Tensor:
 def test_ls_names_every_recipe(groundwire: Run) -> None:
     status, out, _ = groundwire("ls")
     assert status == 0
-    assert {"a_dsgd", "d_dsgd", "error_free", "fedavg", "qsgd_digital", "signsgd_digital"} <= set(RECIPES)
-    for name in RECIPES:
-        assert name in out
+    assert {"a_dsgd", "d_dsgd", "error_free", "fedavg", "qsgd_digital", "signsgd_digital"} <= {
+        recipe.name for recipe in RECIPES
+    }
+    for recipe in RECIPES:
+        assert recipe.name in out
 
 
 def test_cp_copies_once(groundwire: Run, workplace: Path) -> None:
@@ -80,19 +93,22 @@ def test_check_says_in_one_line_what_is_wrong(groundwire: Run, workplace: Path, 
     assert not (workplace / "runs").exists()
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_can_be_checked(groundwire: Run, workplace: Path, name: str) -> None:
-    status, out, err = groundwire("check", name, "--config", "digits")
+@every_recipe
+def test_every_recipe_can_be_checked(groundwire: Run, workplace: Path, recipe: Recipe) -> None:
+    """Also where the teacher that it needs is not there."""
+    overlay, _ = FAMILIES[recipe.family]
+    status, out, err = groundwire("check", recipe.name, "--config", overlay)
     assert (status, err.count("error")) == (0, 0), err
-    assert f"OK: {name}" in out
+    assert f"OK: {recipe.name}" in out
     assert not (workplace / "runs").exists(), "checking leaves nothing behind"
 
 
-def test_missing_fashion_mnist_is_said_in_one_line(
-    groundwire: Run, workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    "words", [("check", "a_dsgd"), ("fit", "--config", "a_dsgd", *UNTRACKED)], ids=["check", "fit"]
+)
+def test_missing_fashion_mnist_is_said_in_one_line(groundwire: Run, workplace: Path, words: tuple[str, ...]) -> None:
     root = workplace / "nowhere"
-    status, _, err = groundwire("check", "a_dsgd", "--data.init_args.datamodule.init_args.root", root)
+    status, _, err = groundwire(*words, "--data.init_args.datamodule.init_args.root", root)
     assert status == 1
     (line,) = [line for line in err.splitlines() if line.startswith("groundwire: error:")]
     for part in (str(root), "apt-get install dataset-fashion-mnist", "download=True"):
@@ -102,21 +118,39 @@ def test_missing_fashion_mnist_is_said_in_one_line(
 # ---------------------------------------------------------------- fit
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_runs_two_rounds(groundwire: Run, workplace: Path, name: str) -> None:
+@every_recipe
+def test_every_recipe_runs_two_rounds(
+    groundwire: Run, workplace: Path, short: Callable[[Recipe], list[str]], recipe: Recipe
+) -> None:
     """Through the real command, on the embedded data, with the trackers it ships."""
-    words = ["--config", name, "--config", "digits", "--trainer.max_steps", 2, "--data.init_args.rounds_per_epoch", 1]
-    status, _, err = groundwire("fit", *words)
+    status, _, err = groundwire("fit", "--config", recipe.name, *short(recipe), "--trainer.max_steps", 2)
     assert status == 0, err
-    run = only_run(workplace / "runs" / name)
+    run = only_run(workplace / "runs" / recipe.name)
     rows = metrics(run)
-    assert any(row.get("uplink/bits_cumulative") or row.get("uplink/energy_cumulative") for row in rows)
     assert any(row.get("val/acc") for row in rows)
     assert (run / "checkpoints" / "last.ckpt").is_file()
     assert list((run / "wandb").glob("offline-run-*")), "W&B works without an account"
     again = yaml.safe_load((run / "config.yaml").read_text())
     assert again["trainer"]["max_steps"] == 2
-    assert again["data"]["class_path"] == "groundwire.datamodules.Federated"
+    if recipe.family == "edge":
+        assert any(row.get("uplink/bits_cumulative") or row.get("uplink/energy_cumulative") for row in rows)
+        assert again["data"]["class_path"] == "groundwire.datamodules.Federated"
+    else:
+        assert again["data"]["class_path"] == "groundwire.datamodules.Digits"
+    status, _, err = groundwire("check", run / "config.yaml")
+    assert status == 0, f"what the run keeps does not build it again: {err}"
+
+
+@pytest.mark.parametrize("name", [recipe.name for recipe in RECIPES if teacher_of(recipe) is not None])
+def test_a_missing_teacher_is_said_in_one_line(groundwire: Run, workplace: Path, name: str) -> None:
+    (recipe,) = (recipe for recipe in RECIPES if recipe.name == name)
+    status, _, err = groundwire("fit", "--config", name, "--config", FAMILIES[recipe.family][0])
+    assert status == 1
+    (line,) = [line for line in err.splitlines() if line.startswith("groundwire: error:")]
+    assert "checkpoint" in line
+    assert str(teacher_of(recipe)) in line
+    if name == "distill_from_ce":
+        assert "runs/cross_entropy" in line
 
 
 def test_two_runs_do_not_clash_and_each_keeps_its_configuration(groundwire: Run, workplace: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from cli_fixtures import groundwire, start, workplace
 
 from groundwire.recipes.cli.errors import CommandError
-from groundwire.recipes.cli.study import Study
+from groundwire.recipes.cli.study import Job, Study
 
 __all__ = ["groundwire", "workplace"]  # fixtures
 
@@ -25,6 +25,44 @@ runs:
   faster: {recipe: tiny.yaml, set: {model.lr: 0.5}}
   broken: {recipe: tiny.yaml, set: {model.broken_at: 2}}
 """
+
+TEACHING = """\
+# Taught by each other
+seeds: 2
+columns: [test/loss, student/taught, nobody/logs_this]
+runs:
+  last: {recipe: student.yaml, set: {trainer.callbacks.init_args.checkpoint: "{run:the student}/checkpoints/last.ckpt"}}
+  the student: {recipe: student.yaml, set: {trainer.callbacks.init_args.checkpoint: "{run:the teacher}"}}
+  the teacher: {recipe: tiny.yaml, listed: false}
+"""
+STUDENT = """\
+from pathlib import Path
+
+from lightning.pytorch import Callback
+
+
+class Student(Callback):
+    def __init__(self, checkpoint: str) -> None:
+        path = Path(checkpoint)
+        assert path.is_absolute()
+        self.path = path if path.suffix else path / "checkpoints" / "last.ckpt"
+
+    def on_fit_start(self, trainer, pl_module):
+        assert self.path.is_file(), "the teacher is not there"
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        pl_module.log("student/taught", 1234.5678)
+"""
+
+
+@pytest.fixture
+def school(workplace: Path) -> Path:
+    """The current folder, with ``student.yaml`` and the study ``teaching.yaml``."""
+    callback = "    - {class_path: student.Student, init_args: {checkpoint: nowhere}}\n  logger:"
+    (workplace / "student.py").write_text(STUDENT)
+    (workplace / "student.yaml").write_text((workplace / "tiny.yaml").read_text().replace("  logger:", callback))
+    (workplace / "teaching.yaml").write_text(TEACHING)
+    return workplace
 
 
 def table(folder: str) -> dict[str, dict[str, str]]:
@@ -135,3 +173,98 @@ def test_a_file_that_is_no_study_is_refused(workplace: Path, text: str) -> None:
     (workplace / "study.yaml").write_text(text)
     with pytest.raises(CommandError, match="study"):
         Study.of_file(Path("study.yaml"))
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_run_gets_the_folder_of_the_run_that_it_refers_to(groundwire: Command, school: Path, jobs: int) -> None:
+    """The student itself fails where the checkpoint of its teacher is not there when it begins."""
+    words = ("compare", "--study", "teaching.yaml", "--output", "out", "--jobs", jobs)
+    status, out, err = groundwire(*words)
+    assert status == 0, out + err
+    rows = table("out")
+    assert rows.keys() == {"last", "the student"}, "an unlisted run is in no table"
+    with open(Path("out", "curves.csv"), newline="") as file:
+        assert {row["label"] for row in csv.DictReader(file)} == {"last", "the student"}
+    folders = {path.parent.parent.name: path.parent for path in Path("out").rglob("result.json")}
+    assert {name.rpartition("-")[0] for name in folders} == {"last", "the_student", "the_teacher"}
+
+    losses = [
+        json.loads(path.read_text())["test"]["test/loss"] for path in Path("out").glob("runs/last-*/*/result.json")
+    ]
+    assert float(rows["last"]["test/loss mean"]) == pytest.approx(sum(losses) / 2), "of the test"
+    assert float(rows["last"]["student/taught mean"]) == pytest.approx(1234.5678), "as logged last"
+    assert rows["last"]["nobody/logs_this mean"] == "nan"
+    text = Path("out", "table.md").read_text()
+    assert "test/loss |" in text
+    assert "| 1,235 |" in text
+    assert "nobody/logs_this" not in text
+    _, out, _ = groundwire(*words)
+    assert "6 of 6 runs are there already" in out
+
+
+def test_who_needs_a_failed_run_fails_with_it_and_the_rest_goes_on(groundwire: Command, school: Path) -> None:
+    broken = TEACHING.replace("listed: false", "set: {model.broken_at: 2}")
+    Path("teaching.yaml").write_text(broken + "  alone: tiny.yaml\n")
+    status, out, _ = groundwire("compare", "--study", "teaching.yaml", "--seeds", 1, "--output", "out", "--jobs", 2)
+    assert status == 1
+    assert "failed: the teacher, seed 0: the step is broken" in out
+    assert "failed: the student, seed 0: it needs the teacher, seed 0, which failed\n" in out
+    assert "failed: last, seed 0: it needs the student, seed 0, which failed\n" in out
+    assert "4/4" in out
+    assert table("out").keys() == {"alone"}
+
+
+def test_what_a_run_needs_is_part_of_its_digest_and_the_output_folder_is_not(school: Path) -> None:
+    def jobs(output: str = "out") -> dict[tuple[str, int], Job]:
+        study = Study.of_file(Path("teaching.yaml"))
+        return {(job.label, job.seed): job for job in study.jobs(Path(output))}
+
+    before, elsewhere = jobs(), jobs("elsewhere/deeper")
+    assert [label for label, _ in before] == 2 * ["last", "the student", "the teacher"]
+    for seed in (0, 1):
+        teacher, student = before["the teacher", seed], before["the student", seed]
+        assert student.needs == (teacher.folder,)
+        assert f"--trainer.callbacks.init_args.checkpoint={teacher.folder.absolute()}" in student.args
+        assert before["last", seed].needs == (student.folder,)
+        assert not teacher.needs
+    assert len({job.folder.parent for job in before.values()}) == 3, "seeds share a digest"
+    assert [job.folder.relative_to("out") for job in before.values()] == [
+        job.folder.relative_to("elsewhere/deeper") for job in elsewhere.values()
+    ]
+    Path("teaching.yaml").write_text(TEACHING.replace("listed: false", "set: {model.lr: 0.5}"))
+    assert not {job.folder for job in jobs().values()} & {job.folder for job in before.values()}
+
+
+def test_references_are_found_within_lists_and_beside_a_sweep(school: Path) -> None:
+    Path("study.yaml").write_text(
+        "seeds: [3]\nsweep: {set: model.lr, values: [0.1, 1]}\nruns:\n  a: {recipe: tiny.yaml, sweep: false}\n"
+        '  b: {recipe: tiny.yaml, sweep: false}\n  c: {recipe: tiny.yaml, set: {key: [{x: "{run:a}:{run:b}"}, 1]}}\n'
+    )
+    a, b, *swept = Study.of_file(Path("study.yaml")).jobs(Path("out"))
+    assert [job.value for job in swept] == [0.1, 1]
+    for job in swept:
+        assert job.needs == (a.folder, b.folder)
+        value = json.loads(job.args[1].removeprefix("--key="))
+        assert value == [{"x": f"{a.folder.absolute()}:{b.folder.absolute()}"}, 1]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("tiny.yaml, listed: false", 'tiny.yaml, set: {k: "{run:last}"}', "in a circle: 'last' -> 'the student' -> "),
+        ("tiny.yaml, listed: false", 'tiny.yaml, set: {k: "{run:the teacher}"}', "'the teacher' -> 'the teacher'"),
+        ("{run:the teacher}", "{run:teacher}", "Run 'the student' refers to 'teacher', but no run"),
+        ("seeds: 2", "seeds: 2\nsweep: {set: model.lr, values: [1, 2]}", "give it `sweep: false`"),
+        ("columns: [", "columns: test/acc # [", "takes a list of metrics, got 'test/acc'"),
+    ],
+)
+def test_references_that_lead_nowhere_are_said_in_one_line(
+    groundwire: Command, school: Path, old: str, new: str, says: str
+) -> None:
+    assert TEACHING.count(old) == 1
+    Path("teaching.yaml").write_text(TEACHING.replace(old, new))
+    status, _, err = groundwire("compare", "--study", "teaching.yaml", "--output", "out")
+    assert status == 1
+    (line,) = err.splitlines()
+    assert says in line
+    assert not Path("out").exists()

@@ -6,16 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli_fixtures import groundwire, workplace
+import yaml
+from cli_fixtures import FAMILIES, RECIPES, UNTRACKED, every_recipe, groundwire, short, teacher, workplace
 
 from groundwire.callbacks.reporting import read_metrics
-from groundwire.recipes.catalog import all_recipes
+from groundwire.recipes.catalog import Recipe
 from groundwire.recipes.cli.study import Study
 
-__all__ = ["groundwire", "workplace"]  # fixtures
+__all__ = ["groundwire", "short", "teacher", "workplace"]  # fixtures
 
 Command = Callable[..., tuple[int, str, str]]
-RECIPES = [recipe.name for recipe in all_recipes() if not recipe.is_overlay]
+Short = Callable[[Recipe], list[str]]
 STUDIES = sorted((Path(__file__).parents[2] / "docs" / "studies").glob("*.yaml"))
 BREAKER = """\
 from lightning.pytorch import Callback
@@ -26,7 +27,6 @@ class Break(Callback):
         if trainer.global_step == 3:
             raise RuntimeError("broken")
 """
-UNTRACKED = ("--trainer.logger", "groundwire.callbacks.reporting.MetricsCSV")  # W&B is tested once, elsewhere
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -35,37 +35,44 @@ def test_non_iid_is_one_override_on_the_digits_as_well(groundwire: Command, seed
     assert groundwire("check", "error_free", *words)[0] == 0
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_the_seed_of_a_run_is_the_seed_of_all_its_parts(groundwire: Command, workplace: Path, name: str) -> None:
-    words = ("fit", "--config", name, "--config", "digits", *UNTRACKED, "--trainer.max_steps", 2)
+@every_recipe
+def test_the_seed_of_a_run_is_the_seed_of_all_its_parts(
+    groundwire: Command, workplace: Path, short: Short, recipe: Recipe
+) -> None:
+    words = ("fit", "--config", recipe.name, *short(recipe), *UNTRACKED, "--trainer.max_steps", 2)
     losses = []
     for folder, seed in [("a", 1), ("b", 1), ("c", 2)]:
-        groundwire(*words, "--seed_everything", seed, "--trainer.default_root_dir", folder)
+        assert groundwire(*words, "--seed_everything", seed, "--trainer.default_root_dir", folder)[0] == 0
         losses.append([row.get("train/loss") for row in read_metrics(Path(folder, "metrics.csv"))])
     assert losses[0] == losses[1]
     assert losses[0] != losses[2]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@every_recipe
 def test_a_recipe_resumes_within_an_epoch(
-    groundwire: Command, workplace: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    groundwire: Command, workplace: Path, monkeypatch: pytest.MonkeyPatch, short: Short, recipe: Recipe
 ) -> None:
-    words = ("--config", name, "--config", "digits", *UNTRACKED, "--data.rounds_per_epoch", 2)
-    callback = "groundwire.callbacks.reporting.ResumableCheckpoint"
-    part = ("--trainer.callbacks", callback, "--trainer.callbacks.every_n_steps", 3)
-    groundwire("fit", *words, *part, "--trainer.max_steps", 4, "--trainer.default_root_dir", "whole")
+    """Broken after its checkpoint, which is from the middle of the second epoch."""
+    content = yaml.safe_load(recipe.path.read_text())
+    (keeper,) = [one for one in content["trainer"]["callbacks"] if one["class_path"].endswith("ResumableCheckpoint")]
+    keeper["init_args"] = {"every_n_steps": 3}
+    (workplace / "recipe.yaml").write_text(yaml.safe_dump(content))
+    words = ("fit", "--config", "recipe.yaml", *short(recipe), *UNTRACKED, "--trainer.max_steps", 4)
+    assert groundwire(*words, "--trainer.default_root_dir", "whole")[0] == 0
     monkeypatch.syspath_prepend(workplace)
     (workplace / "breaker.py").write_text(BREAKER)
-    broken = ("--trainer.callbacks+=breaker.Break", "--trainer.max_steps", 4, "--trainer.default_root_dir", "part")
     with pytest.raises(RuntimeError, match="broken"):
-        groundwire("fit", *words, *part, *broken)
-    assert groundwire("fit", *words, *part, "--trainer.max_steps", 4, "--ckpt_path", "part")[0] == 0
+        groundwire(*words, "--trainer.callbacks+=breaker.Break", "--trainer.default_root_dir", "part")
+    assert groundwire(*words, "--ckpt_path", "part")[0] == 0
     assert Path("part", "metrics.csv").read_text() == Path("whole", "metrics.csv").read_text()
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_a_study_of_the_docs_can_be_built(groundwire: Command, path: Path) -> None:
     """On the digits, so that no data has to be there."""
+    families = {recipe.path: recipe.family for recipe in RECIPES}
     for job in {job.label: job for job in Study.of_file(path).jobs(Path("out"))}.values():
-        status, _, err = groundwire("check", job.args[0].removeprefix("--config="), *job.args[1:], "--config=digits")
+        recipe = Path(job.args[0].removeprefix("--config="))
+        overlay, _ = FAMILIES[families[recipe]]
+        status, _, err = groundwire("check", recipe, *job.args[1:], f"--config={overlay}")
         assert status == 0, err

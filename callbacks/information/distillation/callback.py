@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from groundwire.callbacks.information.distillation.methods import KD, DistillationMethod
 from groundwire.callbacks.information.distillation.teacher import Teacher
-from groundwire.callbacks.information.source import ClassifierCallback, LogitsSource
+from groundwire.callbacks.information.source import ClassifierCallback, LogitsSource, epochs_done
 from groundwire.callbacks.step import is_logging_step
 from groundwire.plugins.edge import DeviceBatch
 
@@ -124,7 +124,7 @@ class Distillation(ClassifierCallback):
                 f"The teacher has {teacher.shape[-1]} classes and the student {logits.shape[-1]}: distillation compares "
                 "outputs class by class. Use a teacher of the same classes."
             )
-        terms = self.method.terms(logits, teacher, target, self.trainer.current_epoch)
+        terms = self.method.terms(logits, teacher, target, int(epochs_done(self.trainer)))
         if is_logging_step(self.trainer):
             right = (teacher.argmax(dim=1) == target).to(logits.dtype).mean()
             self.log_terms({name: term.value for name, term in terms.items()} | {"teacher_acc": right})

@@ -59,7 +59,7 @@ def dkd_terms(student: Tensor, teacher: Tensor, target: Tensor, temperature: flo
     binary_s, others_s = _decoupled(log_s, is_target)
     binary_t, others_t = _decoupled(log_t, is_target)
     tckd = (binary_t.exp() * (binary_t - binary_s)).sum(dim=-1).mean()
-    nckd = (others_t.exp() * (others_t - others_s)).masked_fill(is_target, 0.0).sum(dim=-1).mean()
+    nckd = (others_t.exp() * (others_t - others_s)).sum(dim=-1).mean()
     return temperature**2 * tckd, temperature**2 * nckd
 
 
@@ -116,14 +116,16 @@ def ttm_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0, weighte
 
 
 def _decoupled(log_p: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of (target, not target), and of the others renormalised (junk at the target)."""
+    """Log-probabilities of (target, not target), and of the others renormalised (0 at the target)."""
     others = log_p.masked_fill(is_target, float("-inf"))
     log_rest = torch.logsumexp(others, dim=-1, keepdim=True)  # stable, where 1 - p_y is not
     log_target = log_p.masked_fill(~is_target, 0.0).sum(dim=-1, keepdim=True)
-    return torch.cat([log_target, log_rest], dim=-1), log_p - log_rest
+    # 0 at the target before anything is exponentiated: a confident output would overflow there, and its gradient be NaN
+    return torch.cat([log_target, log_rest], dim=-1), (log_p - log_rest).masked_fill(is_target, 0.0)
 
 
 def _pearson(a: Tensor, b: Tensor) -> Tensor:
     """Correlation in each row."""
+    a, b = a - a[..., :1], b - b[..., :1]  # a constant row is 0 exactly, not its mean's rounding error
     a, b = a - a.mean(dim=-1, keepdim=True), b - b.mean(dim=-1, keepdim=True)
     return F.cosine_similarity(a, b, dim=-1, eps=_EPS)
