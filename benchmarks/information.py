@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import logging
 import resource
@@ -62,14 +63,18 @@ class Repeat:
 
 
 class Clock(pl.Callback):
-    """CPU seconds of the steps after the warm-up."""
+    """When each step ended, in CPU seconds."""
 
     def __init__(self) -> None:
         self.marks: list[float] = []
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx + 1 in (WARM_UP, WARM_UP + STEPS):
-            self.marks.append(time.process_time())
+        self.marks.append(time.process_time())
+
+    def median(self) -> float:
+        """CPU seconds of a step, without the warm-up: the median, since other processes slow some steps down."""
+        times = [b - a for a, b in itertools.pairwise(self.marks)]
+        return statistics.median(times[WARM_UP:])
 
 
 def train(case: str, constrained: bool) -> float:
@@ -88,16 +93,18 @@ def train(case: str, constrained: bool) -> float:
         callbacks=[*([CMIConstraint(warmup_epochs=0)] if constrained else []), clock],
     )  # fmt: skip
     trainer.fit(module, Repeat(batch))
-    return (clock.marks[1] - clock.marks[0]) / STEPS
+    return clock.median()
 
 
 def timed(call: Callable[[], Any], repeats: int = 200) -> float:
     for _ in range(WARM_UP):
         call()
-    start = time.process_time()
+    times = []
     for _ in range(repeats):
+        start = time.perf_counter()
         call()
-    return (time.process_time() - start) / repeats
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def terms(classes: int, variant: str) -> float:
@@ -112,8 +119,9 @@ def terms(classes: int, variant: str) -> float:
 
     def cmic() -> Tensor:
         log_p = log_probs(z)
-        cmi = divergence_to_centroids(log_p, q[y].clamp_min(1e-12).log()).mean()
-        return cmi - 0.01 * separation_of(log_p, y, classes, unbiased=True)
+        p = log_p.exp()
+        cmi = divergence_to_centroids(log_p, q[y].clamp_min(1e-12).log(), p).mean()
+        return cmi - 0.01 * separation_of(log_p, y, classes, unbiased=True, p=p)
 
     loss = cmic if variant == "cmic" else lambda: F.cross_entropy(z, y)
     return timed(lambda: torch.autograd.grad(loss(), z))

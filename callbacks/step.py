@@ -47,6 +47,7 @@ class StepCallback(pl.Callback):
     by an instance attribute of the module while the Trainer runs, and put back afterwards, also after an exception and
     after Ctrl-C. It works in a plain Trainer, under DDP, and inside ``EdgeStrategy``, where it surrounds the training
     step of each device: tensor code in it must be vmap-safe there (no ``.item()``, no branch on a tensor's value).
+    A training step that the module's validation step calls is left alone.
 
     What a training step is to leave for later (statistics for the next one, say) goes through :meth:`note` and comes
     back, of all devices together, in :meth:`after_step`: a tensor kept as an attribute would be dead outside of vmap.
@@ -102,7 +103,8 @@ class StepCallback(pl.Callback):
         Args:
             trainer: The Trainer.
             pl_module: The module.
-            notes: What was noted, rows of all calls and devices of this process one after the other.
+            notes: What was noted, rows of all calls one after the other; inside ``EdgeStrategy`` device by device,
+                and of several local steps only the last one's.
         """
 
     @override
@@ -244,7 +246,9 @@ def _handing_out_notes(strategy: EdgeStrategy, callbacks: list[StepCallback]) ->
         stacked = output.pop(_NOTES, {})
         for callback in callbacks:
             of_devices = _joined(stacked.get(_key(callback), []), dim=1)
-            callback._noted = [{name: tensor.flatten(0, 1) for name, tensor in of_devices.items()}] if of_devices else []
+            callback._noted = (
+                [{name: tensor.flatten(0, 1) for name, tensor in of_devices.items()}] if of_devices else []
+            )
         return output
 
     setattr(training_step, _MARK, strategy.__dict__.get("training_step"))

@@ -17,7 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
-Schedule = LRSchedulerCallable | Literal["one_cycle", "cosine"]
+Schedule = Literal["one_cycle", "cosine"]
 
 
 def adam(params: Iterable[Any]) -> Optimizer:
@@ -36,9 +36,12 @@ class Classifier(LightningModule):
         net: Maps images ``(B, *input_shape)`` to logits ``(B, num_classes)``.
         num_classes: Number of labels.
         optimizer: Builds the optimizer from the parameters.
-        lr_scheduler: Builds a learning-rate schedule, stepped once per optimizer step, from the optimizer; or
-            ``"one_cycle"`` (up to the optimizer's rate in the first 30 % and down) or ``"cosine"`` (from it to 0), over
-            all steps of the fit.
+        lr_scheduler: Builds a learning-rate schedule, stepped once per optimizer step, from the optimizer.
+        schedule: Instead, one that spans all steps of the fit: ``"one_cycle"`` (up to the optimizer's rate in the first
+            30 % and down again) or ``"cosine"`` (from it to 0).
+
+    Raises:
+        ValueError: If both are given.
     """
 
     def __init__(
@@ -46,12 +49,20 @@ class Classifier(LightningModule):
         net: nn.Module,
         num_classes: int = 10,
         optimizer: OptimizerCallable = adam,
-        lr_scheduler: Schedule | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
         super().__init__()
+        if lr_scheduler is not None and schedule is not None:
+            raise ValueError(
+                f"Give `lr_scheduler` or `schedule`, not both; got schedule={schedule!r} beside a scheduler."
+            )
+        if schedule not in (None, "one_cycle", "cosine"):
+            raise ValueError(f"`schedule` must be 'one_cycle' or 'cosine', got {schedule!r}.")
         self.net = net
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.schedule = schedule
         self.val_acc = MulticlassAccuracy(num_classes, average="micro")
         self.test_acc = MulticlassAccuracy(num_classes, average="micro")
 
@@ -84,22 +95,21 @@ class Classifier(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer, and the schedule if one was given."""
         optimizer = self.optimizer(self.parameters())
-        if self.lr_scheduler is None:
+        if self.lr_scheduler is not None:
+            scheduler = self.lr_scheduler(optimizer)
+        elif self.schedule is not None:
+            scheduler = self._over_the_fit(self.schedule, optimizer)
+        else:
             return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self._schedule(self.lr_scheduler, optimizer), "interval": "step"},
-        }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _schedule(self, wanted: Schedule, optimizer: Optimizer) -> LRScheduler:
-        if callable(wanted):
-            return wanted(optimizer)
+    def _over_the_fit(self, schedule: Schedule, optimizer: Optimizer) -> LRScheduler:
         steps = 1 if self._trainer is None else self.trainer.estimated_stepping_batches  # without a Trainer, of no use
         if not math.isfinite(steps):
             raise MisconfigurationException(
-                f"lr_scheduler={wanted!r} spans the whole fit, which has no end: set the Trainer's max_steps or max_epochs."
+                f"schedule={schedule!r} spans the whole fit, which has no end: set the Trainer's max_steps or max_epochs."
             )
-        if wanted == "one_cycle":
+        if schedule == "one_cycle":
             return OneCycleLR(optimizer, max_lr=optimizer.defaults["lr"], total_steps=max(int(steps), 1))
         return CosineAnnealingLR(optimizer, T_max=max(int(steps), 1))
 
@@ -119,6 +129,7 @@ class SoftmaxRegression(Classifier):
         num_classes: Number of labels.
         optimizer: Builds the optimizer from the parameters.
         lr_scheduler: Builds a learning-rate schedule, stepped once per optimizer step, from the optimizer.
+        schedule: Instead, ``"one_cycle"`` or ``"cosine"`` over all steps of the fit.
 
     Example:
         >>> sum(p.numel() for p in SoftmaxRegression().parameters())
@@ -130,12 +141,13 @@ class SoftmaxRegression(Classifier):
         input_shape: tuple[int, ...] = (1, 28, 28),
         num_classes: int = 10,
         optimizer: OptimizerCallable = adam,
-        lr_scheduler: Schedule | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
         linear = nn.Linear(math.prod(input_shape), num_classes)
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
-        super().__init__(nn.Sequential(nn.Flatten(), linear), num_classes, optimizer, lr_scheduler)
+        super().__init__(nn.Sequential(nn.Flatten(), linear), num_classes, optimizer, lr_scheduler, schedule)
 
 
 class ConvClassifier(Classifier):
@@ -146,6 +158,7 @@ class ConvClassifier(Classifier):
         num_classes: Number of labels.
         optimizer: Builds the optimizer from the parameters.
         lr_scheduler: Builds a learning-rate schedule, stepped once per optimizer step, from the optimizer.
+        schedule: Instead, ``"one_cycle"`` or ``"cosine"`` over all steps of the fit.
 
     Raises:
         ValueError: If the image is not channels x height x width, or too small for two poolings.
@@ -162,7 +175,8 @@ class ConvClassifier(Classifier):
         input_shape: tuple[int, ...] = (1, 28, 28),
         num_classes: int = 10,
         optimizer: OptimizerCallable = adam,
-        lr_scheduler: Schedule | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
         channels, height, width = _image_shape(input_shape, smallest=4)
         net = nn.Sequential(
@@ -177,7 +191,7 @@ class ConvClassifier(Classifier):
             nn.ReLU(),
             nn.Linear(128, num_classes),
         )
-        super().__init__(net, num_classes, optimizer, lr_scheduler)
+        super().__init__(net, num_classes, optimizer, lr_scheduler, schedule)
 
 
 class SmallCNN(Classifier):
@@ -191,6 +205,7 @@ class SmallCNN(Classifier):
         num_classes: Number of labels.
         optimizer: Builds the optimizer from the parameters.
         lr_scheduler: Builds a learning-rate schedule, stepped once per optimizer step, from the optimizer.
+        schedule: Instead, ``"one_cycle"`` or ``"cosine"`` over all steps of the fit.
         width: Channels of the first convolution; the others have twice and four times as many.
 
     Raises:
@@ -208,7 +223,8 @@ class SmallCNN(Classifier):
         input_shape: tuple[int, ...] = (1, 28, 28),
         num_classes: int = 10,
         optimizer: OptimizerCallable = adam,
-        lr_scheduler: Schedule | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        schedule: Schedule | None = None,
         width: int = 16,
     ) -> None:
         channels, _, _ = _image_shape(input_shape, smallest=8)
@@ -224,7 +240,7 @@ class SmallCNN(Classifier):
             nn.Flatten(),
             nn.Linear(4 * 4 * width, num_classes),
         )
-        super().__init__(net, num_classes, optimizer, lr_scheduler)
+        super().__init__(net, num_classes, optimizer, lr_scheduler, schedule)
 
 
 class BasicBlock(nn.Module):
@@ -274,6 +290,7 @@ class SmallResNet(Classifier):
         num_classes: Number of labels.
         optimizer: Builds the optimizer from the parameters.
         lr_scheduler: Builds a learning-rate schedule, stepped once per optimizer step, from the optimizer.
+        schedule: Instead, ``"one_cycle"`` or ``"cosine"`` over all steps of the fit.
         width: Channels of the stem and of stage 1; stages 2 and 3 have twice and four times as many.
 
     Raises:
@@ -295,7 +312,8 @@ class SmallResNet(Classifier):
         input_shape: tuple[int, ...] = (1, 28, 28),
         num_classes: int = 10,
         optimizer: OptimizerCallable = adam,
-        lr_scheduler: Schedule | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        schedule: Schedule | None = None,
         width: int = 16,
     ) -> None:
         channels, *size = _image_shape(input_shape, smallest=8)
@@ -310,7 +328,7 @@ class SmallResNet(Classifier):
             nn.Flatten(),
             nn.Linear(4 * width, num_classes),
         )
-        super().__init__(net, num_classes, optimizer, lr_scheduler)
+        super().__init__(net, num_classes, optimizer, lr_scheduler, schedule)
 
 
 def _conv_norm(in_channels: int, out_channels: int, *, stride: int, size: int = 3) -> tuple[nn.Conv2d, nn.BatchNorm2d]:

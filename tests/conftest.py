@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import settings
 from lightning.pytorch import seed_everything
 
 # written on import or first use by libraries, and harmless
@@ -22,6 +23,8 @@ _ALLOWED_ENV = {
     "COLUMNS",
 }
 
+settings.register_profile("repeatable", derandomize=True, deadline=None)  # the same examples in every run
+settings.load_profile("repeatable")
 torch.set_num_threads(1)  # small tensors: a second thread costs more than it gives
 
 

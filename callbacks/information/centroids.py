@@ -39,8 +39,9 @@ class CentroidTable:
         self.mu = mu
         # float32 whatever the default is at the time, which the Trainer's precision may have changed
         self.centroids = torch.full((num_classes, num_classes), 1 / num_classes, dtype=torch.float32, device=device)
-        self._mean = torch.zeros_like(self.centroids)  # moving sum of means, not corrected
-        self._weight = torch.zeros(num_classes, dtype=torch.float32, device=device)
+        self._mean = torch.zeros_like(
+            self.centroids
+        )  # starts at 0; its row sums are what the bias correction divides by
 
     def update(self, probs: Tensor, target: Tensor, strategy: Strategy | None = None) -> None:
         """Take in the outputs of a batch.
@@ -58,9 +59,8 @@ class CentroidTable:
             sums, counts = summed_over_processes(probs, target, self.num_classes, strategy)
             classes = counts.nonzero().flatten()
             means = (sums[classes] / counts[classes, None]).float()
-        self._mean[classes] = self.mu * self._mean[classes] + (1 - self.mu) * means
-        self._weight[classes] = self.mu * self._weight[classes] + (1 - self.mu)
-        rows = self._mean[classes] / self._weight[classes, None]
+        rows = self.mu * self._mean[classes] + (1 - self.mu) * means
+        self._mean[classes] = rows
         self.centroids[classes] = rows / rows.sum(dim=1, keepdim=True)
 
     def assign(self, sums: Tensor, counts: Tensor) -> None:
@@ -74,12 +74,10 @@ class CentroidTable:
         rows = sums[classes].double()
         self.centroids[classes] = (rows / rows.sum(dim=1, keepdim=True)).float()
         self._mean[classes] = self.centroids[classes]
-        self._weight[classes] = 1.0
 
     def to(self, device: torch.device | str) -> CentroidTable:
         """Move to a device, in place."""
         self.centroids, self._mean = self.centroids.to(device), self._mean.to(device)
-        self._weight = self._weight.to(device)
         return self
 
     def state_dict(self) -> dict[str, Any]:
@@ -87,7 +85,6 @@ class CentroidTable:
         return {
             "centroids": self.centroids.cpu().clone(),
             "mean": self._mean.cpu().clone(),
-            "weight": self._weight.cpu().clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -99,16 +96,14 @@ class CentroidTable:
         Raises:
             MisconfigurationException: If it has another number of classes.
         """
-        found = len(state["weight"])
+        found = len(state["mean"])
         if found != self.num_classes:
             raise MisconfigurationException(
                 f"The checkpoint holds centroids for {found} classes, the module outputs {self.num_classes}. Resume "
                 "with the module it was written with."
             )
         device = self.centroids.device
-        self.centroids, self._mean, self._weight = (
-            state[name].to(device).clone() for name in ("centroids", "mean", "weight")
-        )
+        self.centroids, self._mean = (state[name].to(device).clone() for name in ("centroids", "mean"))
 
 
 def summed_over_processes(probs: Tensor, target: Tensor, num_classes: int, strategy: Strategy) -> tuple[Tensor, Tensor]:

@@ -62,15 +62,15 @@ class CentroidCallback(ClassifierCallback):
         """``Q``, shape ``(C, C)``; None before the first step."""
         return None if self.table is None else self.table.centroids
 
-    def divergence(self, log_p: Tensor, target: Tensor) -> Tensor:
+    def divergence(self, log_p: Tensor, target: Tensor, p: Tensor | None = None) -> Tensor:
         """Mean of ``D(p_i || Q_{y_i})``, a scalar in nats; the gradient does not flow through the centroids."""
-        rows = self._table_for(log_p).centroids[target]
-        return divergence_to_centroids(log_p, rows.clamp_min(self.q_min).log()).mean()
+        rows = self.table_for(log_p).centroids[target]
+        return divergence_to_centroids(log_p, rows.clamp_min(self.q_min).log(), p).mean()
 
-    def keep_for_update(self, log_p: Tensor, target: Tensor) -> None:
+    def keep_for_update(self, logits: Tensor, target: Tensor) -> None:
         """Note this step's outputs for the update of the centroids."""
         if self.q_update != "none":
-            self.note(probs=log_p.detach().exp(), target=target)
+            self.note(logits=logits, target=target)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -80,20 +80,20 @@ class CentroidCallback(ClassifierCallback):
 
     @override
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, notes: Notes) -> None:
-        if "probs" not in notes:
+        if "logits" not in notes:
             return
-        table = self._table_for(notes["probs"])
+        probs, table = notes["logits"].softmax(dim=-1), self.table_for(notes["logits"])
         if self.q_update == "batch":
-            table.update(notes["probs"], notes["target"], trainer.strategy)
+            table.update(probs, notes["target"], trainer.strategy)
         else:
-            sums = summed_over_processes(notes["probs"], notes["target"], table.num_classes, trainer.strategy)
+            sums = summed_over_processes(probs, notes["target"], table.num_classes, trainer.strategy)
             before = self._epoch_sums
             self._epoch_sums = sums if before is None else (before[0] + sums[0], before[1] + sums[1])
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._to_restore is not None and "epoch_sums" in self._to_restore:  # resumed at the end of an epoch
-            self._table_for(self._to_restore["epoch_sums"][0].to(pl_module.device))
+            self.table_for(self._to_restore["epoch_sums"][0].to(pl_module.device))
         if self._epoch_sums is not None and self.table is not None:
             self.table.assign(*self._epoch_sums)
             self._epoch_sums, self._has_exact = None, True
@@ -117,9 +117,9 @@ class CentroidCallback(ClassifierCallback):
         self._has_exact = state_dict["has_exact"]
         self._to_restore = state_dict
 
-    def _table_for(self, log_p: Tensor) -> CentroidTable:
+    def table_for(self, logits: Tensor) -> CentroidTable:
         """The table, made at the first step, when the number of classes is known."""
-        num_classes, device = log_p.shape[-1], log_p.device
+        num_classes, device = logits.shape[-1], logits.device
         if self.table is None:
             self.table = CentroidTable(num_classes, self.mu, device)
         if self._to_restore is not None:
@@ -227,9 +227,10 @@ class CMIConstraint(CentroidCallback):
         lam, beta = ramp * self.lam, ramp * self.beta
         if self.q_update == "epoch" and not self._has_exact:
             lam = 0.0
+        values: dict[str, Any] = {"lam": lam, "beta": beta}
         log_p = log_probs(logits)
-        cmi = self.divergence(log_p, target)
-        values: dict[str, Any] = {"cmi_nats": cmi, "lam": lam, "beta": beta}
+        p = log_p.exp()
+        cmi = self.divergence(log_p, target, p)
         loss = own_loss + lam * cmi
         if self.beta > 0:
             num_classes = logits.shape[-1]
@@ -239,11 +240,13 @@ class CMIConstraint(CentroidCallback):
                 num_classes,
                 unbiased=self.gamma_norm == "unbiased" and len(target) > 1,
                 grad=self.gamma_grad,
+                p=p,
             )
             loss = loss - beta * gamma.clamp_max(self.gamma_cap or 10 * math.log(num_classes))
             self.note(inflated=beta * gamma > own_loss + 1)
             values["gamma_nats"] = gamma
-        self.keep_for_update(log_p, target)
+        values["cmi_nats"] = cmi
+        self.keep_for_update(logits, target)
         if is_logging_step(self.trainer):
             self.log_terms(values)
             self.log_terms({"max_logit": logits.detach().abs().amax()}, reduce_fx="max")

@@ -78,8 +78,8 @@ def aggregate_cmi(values: Tensor, how: Aggregate, kappa: float = 10.0) -> Tensor
         A scalar.
 
     Example:
-        >>> aggregate_cmi(torch.tensor([0.0, 1.0]), "smoothmax", kappa=1e-4)
-        tensor(0.5000)
+        >>> aggregate_cmi(torch.tensor([0.0, 1.0]), "smoothmax", kappa=10.0)
+        tensor(0.9307)
     """
     if how == "max":
         return values.amax()
@@ -175,6 +175,7 @@ class UndistillableCMI(ClassifierCallback):
         self.centroids = centroids
         self.mu = mu
         self.seed = seed
+        self._alphas: Tensor | None = None  # of this step; drawn before it: under vmap each device would draw its own
         self._running: bool | None = None
         self._tables: list[CentroidTable] = []
         self._to_restore: list[dict[str, Any]] = []
@@ -192,7 +193,8 @@ class UndistillableCMI(ClassifierCallback):
 
     @override
     def total_loss(self, own_loss: Tensor, logits: Tensor, target: Tensor, batch: Any) -> Tensor:
-        alphas = self.alphas(self.trainer.global_step).to(logits)
+        assert self._alphas is not None
+        alphas = self._alphas.to(logits)
         centroids = None
         if self._uses_running(len(target), logits.shape[-1]):
             tables = self._tables_for(logits)
@@ -214,6 +216,12 @@ class UndistillableCMI(ClassifierCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.global_step == 0:
             self._tables, self._to_restore, self._running = [], [], None
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._alphas = self.alphas(trainer.global_step)
 
     @override
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, notes: Notes) -> None:

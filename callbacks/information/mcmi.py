@@ -121,7 +121,7 @@ class MaximumCMI(CentroidCallback):
     def total_loss(self, own_loss: Tensor, logits: Tensor, target: Tensor, batch: Any) -> Tensor:
         log_p = log_probs(logits)
         cmi = self.divergence(log_p, target)
-        self.keep_for_update(log_p, target)
+        self.keep_for_update(logits, target)
         self.note(correct=log_p.argmax(dim=1) == target)
         if is_logging_step(self.trainer):
             self.log_terms({"cmi_nats": cmi, "lam": self.lam})
@@ -182,7 +182,8 @@ def training_outputs(
         for number, batch in enumerate(loader):
             if number >= trainer.num_training_batches:
                 break
-            batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))  # as the loop does
+            batch = trainer.precision_plugin.convert_input(batch)  # this and the next lines: as the loop does
+            batch = pl_module._on_before_batch_transfer(batch)
             batch = trainer.strategy.batch_to_device(batch)
             rows = [batch.row(i) for i in range(len(batch))] if isinstance(batch, DeviceBatch) else [batch]
             for row in rows:

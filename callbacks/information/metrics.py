@@ -14,8 +14,6 @@ from groundwire.callbacks.information.functional import (
     Q_MIN,
     Separation,
     check_logits,
-    class_counts,
-    class_sums,
     log_probs,
 )
 from groundwire.callbacks.information.source import as_rows, check_values
@@ -65,7 +63,7 @@ class NormalizedCMI(Metric):
         >>> metric = NormalizedCMI(num_classes=2)
         >>> metric.update(torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0, 1]))
         >>> {name: round(float(metric.compute()[name]), 4) for name in ("cmi", "gamma", "ncmi", "accuracy")}
-        {'cmi': 0.009, 'gamma': 0.6511, 'ncmi': 0.0139, 'accuracy': 1.0}
+        {'cmi': 0.0122, 'gamma': 0.7289, 'ncmi': 0.0167, 'accuracy': 1.0}
 
     Reference:
         Yang, Mohajer Hamidi, Ye, Tan, Yang, "Conditional Mutual Information Constrained Deep Learning for
@@ -153,8 +151,8 @@ class NormalizedCMI(Metric):
         if self.from_probs and not self._has_warned and (zeros := int((logits == 0).sum())):
             self._has_warned = True
             rank_zero_warn(f"{zeros} probabilities are exactly 0 and are clamped, or Gamma would be infinite.")
-        if self.from_probs:
-            logits = logits.clamp_min(Q_MIN)
+        if self.from_probs and logits.is_floating_point():  # in float16, Q_MIN would be 0
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).clamp_min(Q_MIN)
         logits, target = as_rows(logits, target, from_probs=self.from_probs, binary=self.binary, flatten=self.flatten)
         if self.ignore_index is not None:
             kept = target != self.ignore_index
@@ -164,20 +162,15 @@ class NormalizedCMI(Metric):
             raise ValueError(f"NormalizedCMI(num_classes={self.num_classes}) got logits with {found} columns.")
         if self.validate_args:
             check_values(logits, target, warn=not (self.from_probs or self._has_warned))
+            self._has_warned |= not self.from_probs
         log_p = log_probs(logits, 1.0 if self.temperature == 1.0 else 1 / self.temperature)
-        dtype = self.p_sums.dtype
-        log_p = log_p.to(dtype)
-        p = log_p.exp()
-        # the columns of all sums stand beside each other: one pass
-        per_sample = [(p * log_p).sum(dim=1, keepdim=True), (log_p.argmax(dim=1) == target)[:, None].to(dtype)]
-        parts = [p, *([log_p] if self.separation is not None else []), *per_sample]
-        sums = class_sums(torch.cat(parts, dim=1), target, self.num_classes)
-        self.p_sums += sums[:, : self.num_classes]
+        p, dtype = log_p.exp(), self.p_sums.dtype
+        self.p_sums.index_add_(0, target, p.to(dtype))
         if self.separation is not None:
-            self.log_sums += sums[:, self.num_classes : 2 * self.num_classes]
-        self.neg_entropy += sums[:, -2]
-        self.correct += sums[:, -1]
-        self.count += class_counts(target, self.num_classes, dtype)
+            self.log_sums.index_add_(0, target, log_p.to(dtype))
+        self.neg_entropy.index_add_(0, target, (p * log_p).sum(dim=1).to(dtype))
+        self.correct.index_add_(0, target, (logits.argmax(dim=1) == target).to(dtype))
+        self.count.index_add_(0, target, torch.ones_like(target, dtype=dtype))
 
     def compute(self) -> dict[str, Tensor]:
         """The results; see the class.
@@ -196,18 +189,19 @@ class NormalizedCMI(Metric):
         centroids = self.centroids
         entropy = -torch.special.xlogy(centroids, centroids).sum(dim=1)
         per_class = entropy + self.neg_entropy / self.count
+        usable = present
         if self.estimator == "bessel":
+            usable = self.count > 1
             if bool((self.count == 1).any()):
                 rank_zero_warn("Classes with a single sample say nothing about their spread and are left out.")
-            per_class = torch.where(self.count > 1, per_class * self.count / (self.count - 1), torch.nan)
+            per_class = torch.where(usable, per_class * self.count / (self.count - 1), torch.nan)
         share = self.count / n
-        usable = ~per_class.isnan()
-        cmi = (share * per_class.nan_to_num()).sum() / share[usable].sum()
+        cmi = (share * per_class)[usable].sum() / share[usable].sum()  # NaN where a NaN came in unchecked
         unit = math.log(2) if self.log_base == "2" else 1.0
         result = {
             "cmi": cmi / unit,
             "cmi_per_class": per_class / unit,
-            "h_yhat_given_y": (share * entropy.nan_to_num()).sum() / unit,
+            "h_yhat_given_y": (share * entropy)[present].sum() / unit,
             "accuracy": self.correct.sum() / n,
             "recall_per_class": self.correct / self.count,
             "n": n,

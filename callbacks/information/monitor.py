@@ -15,7 +15,7 @@ from typing_extensions import override
 from groundwire.callbacks.information.functional import log_probs
 from groundwire.callbacks.information.metrics import NormalizedCMI
 from groundwire.callbacks.information.plots import plot_centroids, plot_cmi_evolution, plot_simplex
-from groundwire.callbacks.information.source import LogitsSource
+from groundwire.callbacks.information.source import LogitsSource, epochs_done
 from groundwire.callbacks.step import Step, StepCallback
 
 _LISTED = 100  # classes up to which each is logged
@@ -117,7 +117,7 @@ class CMIMonitor(StepCallback):
             return
         values = self._log("val", pl_module)
         if trainer.state.fn == "fit":
-            for name, value in ({"epoch": trainer.current_epoch} | values).items():
+            for name, value in ({"epoch": int(epochs_done(trainer))} | values).items():
                 self.history[name].append(float(value))
 
     @override
@@ -128,7 +128,9 @@ class CMIMonitor(StepCallback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.pictures and self._metric is not None:
-            self._draw(trainer, self._metric.centroids.cpu())
+            with self._metric.sync_context():  # of all processes
+                centroids = self._metric.centroids.cpu()
+            self._draw(trainer, centroids)
 
     @override
     def state_dict(self) -> dict[str, Any]:

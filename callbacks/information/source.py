@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from groundwire.callbacks.information.functional import check_logits
+from groundwire.callbacks.information.functional import check_logits, values_are_hidden
 from groundwire.callbacks.step import Call, Step, StepCallback, Tap, loss_of, with_loss
 
 _LABELS = ("label", "labels", "y", "target", "targets")
@@ -144,11 +144,8 @@ class LogitsSource:
         logits, target = as_rows(logits, target, from_probs=self.from_probs, binary=self.binary, flatten=self.flatten)
         if not (soft and target.shape == logits.shape):
             check_logits(logits, target)
-        values_can_be_read = not any(
-            torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in (logits, target)
-        )
         # reading a value waits for an accelerator: there, once
-        if values_can_be_read and (logits.device.type == "cpu" or not self._looked_at_values):
+        if not values_are_hidden(logits, target) and (logits.device.type == "cpu" or not self._looked_at_values):
             check_values(logits, target, warn=not (self._looked_at_values or self.from_probs))
             self._looked_at_values = True
         return logits, target
@@ -234,7 +231,7 @@ class ClassifierCallback(StepCallback):
             self._pl_module.log(f"{self.name}/{name}", value, on_step=True, on_epoch=False, reduce_fx=reduce_fx)
 
     def _refuse_nonfinite(self, loss: Tensor, own_loss: Tensor) -> None:
-        if torch._C._functorch.is_functorch_wrapped_tensor(loss):
+        if values_are_hidden(loss):
             return  # EdgeStrategy checks every device's update
         if not bool(torch.isfinite(loss)) and bool(torch.isfinite(own_loss)):
             raise RuntimeError(
@@ -291,6 +288,10 @@ def as_rows(
         logits = logits.clamp_min(torch.finfo(logits.dtype).tiny)
         logits = logits.log() if not binary else logits.log() - (1 - logits).clamp_min(1e-38).log()
     if binary:
+        if target.is_floating_point() and not values_are_hidden(target) and bool((target != target.round()).any()):
+            raise ValueError(
+                "expected labels 0 and 1 for binary=True, got fractions; soft labels are not supported by CMI."
+            )
         z = logits.reshape(-1) / 2
         return torch.stack([-z, z], dim=-1), target.reshape(-1).long()
     if flatten and logits.ndim > 2:

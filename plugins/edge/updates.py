@@ -57,15 +57,14 @@ class DeviceUpdates:
     unused: frozenset[str] = frozenset()
 
     def select(self, rows: list[int]) -> DeviceUpdates:
-        """Only some devices, by their rows; ``rows`` and ``buffers`` aside, everything is taken over as it was."""
+        """Only some devices, by their rows; ``buffers`` aside, of which all stay."""
         position = {row: new for new, row in enumerate(rows)}
         index = torch.tensor(rows, device=self.rows.device)
-        stacked = not (isinstance(self.extras, dict) and "devices" in self.extras)
         kept = replace(
             self,
             rows=self.rows[index],
             losses=self.losses[index],
-            extras=apply_to_collection(self.extras, Tensor, lambda leaf: leaf[index]) if stacked else self.extras,
+            extras=self._extras_of(rows, index),
             logged={},
             logged_rows={},
         )
@@ -75,6 +74,12 @@ class DeviceUpdates:
                 kept.logged[name] = values[here]
                 kept.logged_rows[name] = torch.tensor([position[int(self.logged_rows[name][i])] for i in here])
         return kept
+
+    def _extras_of(self, rows: list[int], index: Tensor) -> Any:
+        by_device = self.extras.get("devices") if isinstance(self.extras, dict) else None
+        if isinstance(by_device, list):  # their shapes differ
+            return {"devices": [by_device[row] for row in rows]}
+        return apply_to_collection(self.extras, Tensor, lambda leaf: leaf[index])
 
 
 class _StepModule(nn.Module):

@@ -27,7 +27,8 @@ class Distillation(ClassifierCallback):
     checkpoints hold a fingerprint of its weights, against which a resumed run checks the teacher that it is given.
 
     Before the first step the teacher is tried on the first batch: one with another number of classes is refused, and one
-    that is right no more often than by chance, as it is when its inputs were normalised otherwise.
+    that is right no more often than by chance. Inputs that were normalised otherwise can cost a teacher that much or less:
+    watch ``distillation/teacher_acc``.
 
     Logs the unweighted terms as ``distillation/<term>`` and the share of the batch on which the teacher is right as
     ``distillation/teacher_acc``.

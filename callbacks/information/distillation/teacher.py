@@ -119,7 +119,7 @@ class Teacher:
 def _build_from_checkpoint(file: Path) -> nn.Module:
     checkpoint: Any = torch.load(file, map_location="cpu", weights_only=True)
     hyperparameters = checkpoint.get("hyper_parameters", {}) if isinstance(checkpoint, dict) else {}
-    if "_class_path" not in hyperparameters and "_instantiator" not in hyperparameters:
+    if "_class_path" not in hyperparameters:  # LightningCLI with a fixed class writes `_instantiator` alone: not enough
         raise MisconfigurationException(
             f"{file} does not say which class wrote it: give the network as `teacher` (for a recipe, its `model:` "
             "node), and its weights as `checkpoint`."

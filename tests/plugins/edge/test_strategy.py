@@ -874,3 +874,29 @@ def test_an_endless_loader_has_no_planned_rounds() -> None:
     )  # fmt: skip
     t.fit(Classifier(mlp()), Endless())
     assert told == [None] * 4
+
+
+def test_a_dropped_device_leaves_nothing_in_what_devices_of_differing_sizes_return() -> None:
+    class Returns(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            logits = self(batch[0])
+            loss = F.cross_entropy(logits, batch[1])
+            return {"loss": loss * logits.detach().sum() / logits.detach().sum(), "logits": logits}
+
+    class Seen(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.devices = outputs["devices"]
+
+    x = torch.randn(3, 4, FEATURES)
+    x[1, 0] = torch.nan
+    batch = DeviceBatch(
+        data=(x, torch.zeros(3, 4, dtype=torch.long)),
+        device_ids=torch.arange(3),
+        num_samples=torch.tensor([4, 4, 2]),
+        lengths=torch.tensor([4, 4, 2]),
+    )
+    seen = Seen()
+    with pytest.warns(UserWarning, match="leaves it out"):
+        fit(EdgeStrategy(3, on_nonfinite="drop"), Returns(mlp()), Rounds(batch), steps=1, callbacks=[seen])
+    assert [tuple(device["logits"].shape) for device in seen.devices] == [(4, CLASSES), (2, CLASSES)]
+    assert all(torch.isfinite(device["logits"]).all() for device in seen.devices)
