@@ -18,6 +18,7 @@ from groundwire.callbacks.information.functional import (
 )
 from groundwire.callbacks.information.source import as_rows, check_values
 
+_CHUNK = 1 << 16  # numbers worked on at a time on a CPU: what comes between stays in the cache
 _LARGE = 4096  # classes from which a matrix of C x C float64 is worth a question
 
 
@@ -163,6 +164,11 @@ class NormalizedCMI(Metric):
         if self.validate_args:
             check_values(logits, target, warn=not (self.from_probs or self._has_warned))
             self._has_warned |= not self.from_probs
+        rows = max(1, _CHUNK // self.num_classes if logits.device.type == "cpu" else len(logits))
+        for part, labels in zip(logits.split(rows), target.split(rows), strict=True):
+            self._add(part, labels)
+
+    def _add(self, logits: Tensor, target: Tensor) -> None:
         log_p = log_probs(logits, 1.0 if self.temperature == 1.0 else 1 / self.temperature)
         p, dtype = log_p.exp(), self.p_sums.dtype
         self.p_sums.index_add_(0, target, p.to(dtype))
