@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -25,7 +26,6 @@ Step = Callable[[Any], Any]
 Notes = dict[str, Tensor]
 """What :meth:`StepCallback.note` kept during one training step, by name; the first dimension counts rows."""
 
-_MARK = "_groundwire_before"
 _NOTES = "groundwire/notes"
 _METHODS = {
     "fit": ("training_step", "validation_step"),
@@ -111,14 +111,15 @@ class StepCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         callbacks = [c for c in trainer.callbacks if isinstance(c, StepCallback)]  # type: ignore[attr-defined]
         strategy = trainer.strategy
-        if isinstance(strategy, EdgeStrategy) and not hasattr(strategy.__dict__.get("training_step"), _MARK):
-            strategy.__dict__["training_step"] = _handing_out_notes(strategy, callbacks)
+        if isinstance(strategy, EdgeStrategy) and "training_step" not in strategy.__dict__:
+            strategy.__dict__["training_step"] = _HandingOutNotes(trainer, strategy, callbacks)
         for method in _METHODS.get(stage, ()):
-            if is_overridden(method, pl_module) and not hasattr(pl_module.__dict__.get(method), _MARK):
+            is_there = getattr(pl_module.__dict__.get(method), "trainer", None) is trainer
+            if is_overridden(method, pl_module) and not is_there:
                 around = _AROUND[method]
                 taking_part = [c for c in callbacks if getattr(type(c), around) is not getattr(StepCallback, around)]
                 if taking_part:
-                    pl_module.__dict__[method] = _surround(trainer, pl_module, method, taking_part)
+                    pl_module.__dict__[method] = _Surrounded(trainer, pl_module, method, taking_part)
 
     @override
     def on_train_batch_end(
@@ -131,12 +132,12 @@ class StepCallback(pl.Callback):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._noted = None
-        _put_back(pl_module, trainer.strategy)
+        _put_back(trainer, pl_module)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._noted = None
-        _put_back(pl_module, trainer.strategy)
+        _put_back(trainer, pl_module)
 
 
 def loss_of(output: Any) -> Tensor:
@@ -192,80 +193,105 @@ def _joined(calls: list[Notes], dim: int = 0) -> Notes:
     return {name: tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim) for name, tensors in found.items()}
 
 
-def _surround(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, method: str, callbacks: list[StepCallback]
-) -> Callable[..., Any]:
-    found = getattr(pl_module, method)
-    around = _AROUND[method]
-    through_outputs = isinstance(trainer.strategy, EdgeStrategy)  # a tensor on `self` would be dead outside of vmap
-    if "dataloader_iter" in inspect.signature(found).parameters:
-        raise MisconfigurationException(
-            f"{type(pl_module).__name__}.{method} takes a `dataloader_iter`: {type(callbacks[0]).__name__} needs to see "
-            "the batch. Let the step take `batch`."
-        )
+class _Surrounded:
+    """Stands in for a step of the module, as an instance attribute, while one Trainer runs.
 
-    @functools.wraps(found)  # Lightning reads the signature to see whether the step takes a batch index
-    def surrounded(batch: Any, *args: Any, **kwargs: Any) -> Any:
-        if method == "training_step" and not trainer.training:  # a validation step that calls the training step
-            return found(batch, *args, **kwargs)
-        step: Step = lambda b: found(b, *args, **kwargs)
-        for callback in reversed(callbacks):
-            step = functools.partial(getattr(callback, around), step)
-        if method != "training_step":
+    Another Trainer that uses the module meanwhile finds its own step underneath; a copy of the module finds its class's.
+    """
+
+    def __init__(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, method: str, callbacks: list[StepCallback]
+    ) -> None:
+        self.trainer = trainer
+        self.pl_module = pl_module
+        self.method = method
+        self.callbacks = callbacks
+        self.before = pl_module.__dict__.get(method)  # the instance attribute that was there, if any
+        self.found = getattr(pl_module, method)
+        # a tensor kept on the callback would be dead outside of vmap
+        self._through_outputs = isinstance(trainer.strategy, EdgeStrategy)
+        if "dataloader_iter" in inspect.signature(self.found).parameters:
+            raise MisconfigurationException(
+                f"{type(pl_module).__name__}.{method} takes a `dataloader_iter`: {type(callbacks[0]).__name__} needs to "
+                "see the batch. Let the step take `batch`."
+            )
+        # Lightning reads the signature (does the step take a batch index?), and the code (is it overridden?)
+        functools.update_wrapper(self, self.found, updated=())
+        self.__code__ = self.found.__code__
+
+    def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        is_training = self.method == "training_step"
+        elsewhere = self.pl_module._trainer is not self.trainer  # another Trainer runs
+        if elsewhere or (is_training and not self.trainer.training):  # or a validation step that calls this one
+            return self.found(batch, *args, **kwargs)
+        step: Step = lambda b: self.found(b, *args, **kwargs)
+        for callback in reversed(self.callbacks):
+            step = functools.partial(getattr(callback, _AROUND[self.method]), step)
+        if not is_training:
             return step(batch)
-        for callback in callbacks:
+        for callback in self.callbacks:
             callback._noted = []
         output = step(batch)
-        if not through_outputs or output is None:
+        if not self._through_outputs or output is None:
             return output
-        notes = {_key(c): c._noted for c in callbacks if type(c).after_step is not StepCallback.after_step}
-        for callback in callbacks:
+        notes = {_key(c): c._noted for c in self.callbacks if type(c).after_step is not StepCallback.after_step}
+        for callback in self.callbacks:
             callback._noted = None
         return {**(output if isinstance(output, dict) else {"loss": output}), _NOTES: notes} if notes else output
 
-    setattr(surrounded, _MARK, pl_module.__dict__.get(method))
-    return surrounded
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.before is not None:
+            return copy.deepcopy(self.before, memo)
+        return _own_step(copy.deepcopy(self.pl_module, memo), self.method)
+
+    def __reduce__(self) -> Any:
+        return _own_step, (self.pl_module, self.method)
 
 
-def _handing_out_notes(strategy: EdgeStrategy, callbacks: list[StepCallback]) -> Callable[..., Any]:
+def _own_step(pl_module: pl.LightningModule, method: str) -> Any:
+    """The step that the module's class defines."""
+    return getattr(type(pl_module), method).__get__(pl_module)
+
+
+class _HandingOutNotes:
     """The strategy's step, whose output reaches the Trainer, and so all other callbacks, without the notes."""
-    found = strategy.training_step
 
-    @functools.wraps(found)
-    def training_step(*args: Any, **kwargs: Any) -> Any:
-        output = found(*args, **kwargs)
+    def __init__(self, trainer: pl.Trainer, strategy: EdgeStrategy, callbacks: list[StepCallback]) -> None:
+        self.trainer = trainer
+        self.callbacks = callbacks
+        self.before = None
+        self.found = strategy.training_step
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.found(*args, **kwargs)
         if not isinstance(output, dict):
             return output
         devices = output.get("devices")  # a list of what each returned, where shapes differ
         if isinstance(devices, list) and any(isinstance(device, dict) and _NOTES in device for device in devices):
             noted = [device.pop(_NOTES, {}) for device in devices]
-            for callback in callbacks:
+            for callback in self.callbacks:
                 callback._noted = [call for calls in noted for call in calls.get(_key(callback), [])]
             del output["devices"]
             return output | _stack_extras(devices)
         stacked = output.pop(_NOTES, {})
-        for callback in callbacks:
+        for callback in self.callbacks:
             of_devices = _joined(stacked.get(_key(callback), []), dim=1)
-            callback._noted = (
-                [{name: tensor.flatten(0, 1) for name, tensor in of_devices.items()}] if of_devices else []
-            )
+            rows = {name: tensor.flatten(0, 1) for name, tensor in of_devices.items()}
+            callback._noted = [rows] if rows else []
         return output
 
-    setattr(training_step, _MARK, strategy.__dict__.get("training_step"))
-    return training_step
 
-
-def _put_back(*owners: Any) -> None:
-    for attributes in (owner.__dict__ for owner in owners):
+def _put_back(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Undo what this Trainer's callbacks have put in the place of a step."""
+    for attributes in (pl_module.__dict__, trainer.strategy.__dict__):
         for method in _AROUND:
             current = attributes.get(method)
-            if not hasattr(current, _MARK):
+            if not isinstance(current, _Surrounded | _HandingOutNotes) or current.trainer is not trainer:
                 continue
-            before = getattr(current, _MARK)
-            if before is None:
+            if current.before is None:
                 del attributes[method]
             else:
-                attributes[method] = before
+                attributes[method] = current.before
 
 
 @dataclass(frozen=True)
@@ -299,13 +325,16 @@ class Tap:
     def __init__(self, submodule: str = "") -> None:
         self.submodule = submodule
         self._has_fired = False
+        self._why_silent = ""
 
     @contextmanager
-    def open(self, module: nn.Module) -> Iterator[list[Call]]:
+    def open(self, module: nn.Module, required: bool = True) -> Iterator[list[Call]]:
         """Collect the submodule's calls while the context is open; the hook is removed afterwards, come what may.
 
         Args:
             module: The module in which to look.
+            required: Whether a submodule that was not called is an error when the context closes; otherwise
+                :meth:`refuse_silence` says it when asked.
 
         Yields:
             A list that grows by one :class:`Call` a forward. It is emptied when the context closes after an error, so
@@ -339,21 +368,27 @@ class Tap:
         finally:
             for handle in handles:
                 handle.remove()
-        if not calls:
-            raise MisconfigurationException(self._why_silent(module, named, candidates))
-        self._has_fired = True
-
-    def _why_silent(
-        self, module: nn.Module, named: dict[str, nn.Module], candidates: dict[str, tuple[int, ...]]
-    ) -> str:
+        if calls:
+            self._has_fired = True
+            return
         wanted = repr(self.submodule) if self.submodule else f"{type(module).__name__}.forward"
         called = ", ".join(f"{name} {list(shape)}" for name, shape in candidates.items())
         which = f"Called with an output [batch, columns] were: {called}" if called else f"It has {', '.join(named)[2:]}"
         hint = "" if self.submodule else " (`self.forward(x)` goes past hooks, `self(x)` does not)"
-        return (
+        self._why_silent = (
             f"{wanted} was not called during the step, so there is nothing to read{hint}. Name a submodule that the "
             f"step calls. {which}."
         )
+        if required:
+            self.refuse_silence()
+
+    def refuse_silence(self) -> NoReturn:
+        """Raise the error about the last step, in which the submodule was not called.
+
+        Raises:
+            MisconfigurationException: Always.
+        """
+        raise MisconfigurationException(self._why_silent)
 
 
 def _note_candidate(

@@ -44,7 +44,7 @@ class CentroidTable:
         )  # starts at 0; its row sums are what the bias correction divides by
 
     def update(self, probs: Tensor, target: Tensor, strategy: Strategy | None = None) -> None:
-        """Take in the outputs of a batch.
+        """Take in the outputs of a batch; those that are not finite are left out.
 
         Args:
             probs: Output distributions, shape ``(n, C)``.
@@ -52,6 +52,7 @@ class CentroidTable:
             strategy: Adds up over its processes, so that all of them hold the same table.
         """
         if strategy is None or getattr(strategy, "world_size", 1) == 1:
+            probs, target = _finite(probs, target)
             classes, groups = torch.unique(target, return_inverse=True)
             counts = class_counts(groups, len(classes))
             means = class_sums(probs.float(), groups, len(classes)) / counts[:, None]
@@ -75,9 +76,25 @@ class CentroidTable:
         self.centroids[classes] = (rows / rows.sum(dim=1, keepdim=True)).float()
         self._mean[classes] = self.centroids[classes]
 
-    def to(self, device: torch.device | str) -> CentroidTable:
-        """Move to a device, in place."""
-        self.centroids, self._mean = self.centroids.to(device), self._mean.to(device)
+    def fitting(self, logits: Tensor) -> CentroidTable:
+        """The table itself, on the device of the logits.
+
+        Args:
+            logits: Shape ``(..., C)``.
+
+        Returns:
+            The table.
+
+        Raises:
+            MisconfigurationException: If it has another number of classes.
+        """
+        if logits.shape[-1] != self.num_classes:
+            raise MisconfigurationException(
+                f"The checkpoint holds centroids for {self.num_classes} classes, the module outputs "
+                f"{logits.shape[-1]}. Resume with the module it was written with."
+            )
+        if self.centroids.device != logits.device:
+            self.centroids, self._mean = self.centroids.to(logits.device), self._mean.to(logits.device)
         return self
 
     def state_dict(self) -> dict[str, Any]:
@@ -87,27 +104,24 @@ class CentroidTable:
             "mean": self._mean.cpu().clone(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from another table.
+    @classmethod
+    def of_state(cls, state: dict[str, Any], mu: float) -> CentroidTable:
+        """A table that goes on from where another was.
 
         Args:
             state: What :meth:`state_dict` gave.
+            mu: Weight of the past from now on.
 
-        Raises:
-            MisconfigurationException: If it has another number of classes.
+        Returns:
+            The table, on the CPU.
         """
-        found = len(state["mean"])
-        if found != self.num_classes:
-            raise MisconfigurationException(
-                f"The checkpoint holds centroids for {found} classes, the module outputs {self.num_classes}. Resume "
-                "with the module it was written with."
-            )
-        device = self.centroids.device
-        self.centroids, self._mean = (state[name].to(device).clone() for name in ("centroids", "mean"))
+        table = cls(len(state["mean"]), mu)
+        table.centroids, table._mean = state["centroids"].clone(), state["mean"].clone()
+        return table
 
 
 def summed_over_processes(probs: Tensor, target: Tensor, num_classes: int, strategy: Strategy) -> tuple[Tensor, Tensor]:
-    """Class sums and counts over the samples of all processes, in one reduction.
+    """Class sums and counts over the samples of all processes, in one reduction, without outputs that are not finite.
 
     Args:
         probs: Output distributions of this process, shape ``(n, C)``.
@@ -118,8 +132,15 @@ def summed_over_processes(probs: Tensor, target: Tensor, num_classes: int, strat
     Returns:
         Sums ``(C, C)`` and counts ``(C,)``, float64 (float32 where the device has no float64).
     """
+    probs, target = _finite(probs, target)
     dtype = torch.float32 if probs.device.type == "mps" else torch.float64
     counted = torch.cat([probs.to(dtype), torch.ones_like(probs[:, :1], dtype=dtype)], dim=1)
     table = strategy.reduce(class_sums(counted, target, num_classes), reduce_op="sum")
     assert isinstance(table, Tensor)
     return table[:, :num_classes], table[:, num_classes]
+
+
+def _finite(probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Without the rows of a step that loss scaling or the user will skip: one would spoil a running mean for good."""
+    kept = torch.isfinite(probs).all(dim=1)
+    return (probs, target) if bool(kept.all()) else (probs[kept], target[kept])

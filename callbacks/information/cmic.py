@@ -55,7 +55,6 @@ class CentroidCallback(ClassifierCallback):
         self.table: CentroidTable | None = None
         self._epoch_sums: tuple[Tensor, Tensor] | None = None
         self._has_exact = False  # an epoch's centroids are there
-        self._to_restore: dict[str, Any] | None = None
 
     @property
     def centroids(self) -> Tensor | None:
@@ -72,11 +71,16 @@ class CentroidCallback(ClassifierCallback):
         if self.q_update != "none":
             self.note(logits=logits, target=target)
 
+    @property
+    @override
+    def epochs_needed_for(self) -> str | None:
+        return "q_update='epoch'" if self.q_update == "epoch" else None
+
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.global_step == 0:  # a new run; a checkpoint, if any, is loaded after this
-            self.table, self._epoch_sums, self._has_exact, self._to_restore = None, None, False, None
+            self.table, self._epoch_sums, self._has_exact = None, None, False
 
     @override
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, notes: Notes) -> None:
@@ -88,14 +92,24 @@ class CentroidCallback(ClassifierCallback):
         else:
             sums = summed_over_processes(probs, notes["target"], table.num_classes, trainer.strategy)
             before = self._epoch_sums
-            self._epoch_sums = sums if before is None else (before[0] + sums[0], before[1] + sums[1])
+            if before is not None:
+                sums = (before[0].to(sums[0]) + sums[0], before[1].to(sums[1]) + sums[1])
+            self._epoch_sums = sums
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 0:  # resumed from a checkpoint of an epoch's last step, which ended it without its hook
+            self._end_epoch()
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._to_restore is not None and "epoch_sums" in self._to_restore:  # resumed at the end of an epoch
-            self.table_for(self._to_restore["epoch_sums"][0].to(pl_module.device))
+        self._end_epoch()
+
+    def _end_epoch(self) -> None:
         if self._epoch_sums is not None and self.table is not None:
-            self.table.assign(*self._epoch_sums)
+            self.table.assign(*(one.to(self.table.centroids.device) for one in self._epoch_sums))
             self._epoch_sums, self._has_exact = None, True
 
     @override
@@ -115,22 +129,16 @@ class CentroidCallback(ClassifierCallback):
                 f"on with {self.q_update!r}."
             )
         self._has_exact = state_dict["has_exact"]
-        self._to_restore = state_dict
+        sums = state_dict.get("epoch_sums")
+        self._epoch_sums = None if sums is None else (sums[0], sums[1])
+        if "table" in state_dict:
+            self.table = CentroidTable.of_state(state_dict["table"], self.mu)
 
     def table_for(self, logits: Tensor) -> CentroidTable:
         """The table, made at the first step, when the number of classes is known."""
-        num_classes, device = logits.shape[-1], logits.device
         if self.table is None:
-            self.table = CentroidTable(num_classes, self.mu, device)
-        if self._to_restore is not None:
-            state, self._to_restore = self._to_restore, None
-            if "table" in state:
-                self.table = CentroidTable(num_classes, self.mu, device)
-                self.table.load_state_dict(state["table"])
-            if "epoch_sums" in state:
-                sums, counts = state["epoch_sums"]
-                self._epoch_sums = (sums.to(device), counts.to(device))
-        return self.table if self.table.centroids.device == device else self.table.to(device)
+            self.table = CentroidTable(logits.shape[-1], self.mu, logits.device)
+        return self.table.fitting(logits)
 
 
 class CMIConstraint(CentroidCallback):
@@ -152,15 +160,18 @@ class CMIConstraint(CentroidCallback):
         gamma_norm: ``"unbiased"`` divides by ``B (B - 1)``, ``"b2"`` by ``B^2`` as the paper does.
         gamma_cap: Nats above which Gamma has no gradient; by default ``10 log C``.
         warmup_epochs: Epochs over which both weights grow linearly from 0.
-        q_update: When centroids are updated: after every ``"batch"``, exactly after every ``"epoch"`` (the first one
-            without CMI), or ``"none"``.
+        q_update: When centroids are updated: after every ``"batch"``, or exactly after every ``"epoch"`` (the first
+            one without CMI).
         mu: Weight of the past in the update after a batch.
         q_min: Centroid entries are clamped at this.
         allow_unbounded: Allow ``beta > 0`` with ``lam = 0``.
         source: Where logits and labels are found.
+        name: Under which it logs and keeps its state.
 
     Raises:
         ValueError: If an argument is out of range.
+        MisconfigurationException: When training starts, if ``warmup_epochs`` or ``q_update="epoch"`` meet a loader
+            without an end.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -179,13 +190,18 @@ class CMIConstraint(CentroidCallback):
         gamma_norm: Literal["unbiased", "b2"] = "unbiased",
         gamma_cap: float | None = None,
         warmup_epochs: float = 1.0,
-        q_update: QUpdate = "batch",
+        q_update: Literal["batch", "epoch"] = "batch",
         mu: float = 0.99,
         q_min: float = Q_MIN,
         allow_unbounded: bool = False,
         source: LogitsSource | None = None,
+        name: str = "cmic",
     ) -> None:
-        super().__init__(source, "cmic", q_update, mu, q_min)
+        super().__init__(source, name, q_update, mu, q_min)
+        if q_update not in ("batch", "epoch"):
+            raise ValueError(
+                f"CMIConstraint has to update its centroids: `q_update` must be 'batch' or 'epoch', got {q_update!r}."
+            )
         if not 0 <= lam < math.inf:
             raise ValueError(
                 f"`lam` must be finite and at least 0, got {lam}: CMIConstraint makes CMI small. To make it large, use "
@@ -221,8 +237,13 @@ class CMIConstraint(CentroidCallback):
         self._inflated = torch.zeros((), dtype=torch.int64)  # steps in a row in which Gamma outweighed the loss
         self._has_warned = False
 
+    @property
     @override
-    def total_loss(self, own_loss: Tensor, logits: Tensor, target: Tensor, batch: Any) -> Tensor:
+    def epochs_needed_for(self) -> str | None:
+        return f"warmup_epochs={self.warmup_epochs}" if self.warmup_epochs else super().epochs_needed_for
+
+    @override
+    def total_loss(self, own_loss: Tensor, logits: Tensor, target: Tensor, inputs: Any) -> Tensor:
         ramp = warmup(self.trainer, self.warmup_epochs)
         lam, beta = ramp * self.lam, ramp * self.beta
         if self.q_update == "epoch" and not self._has_exact:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -21,7 +22,6 @@ from groundwire.callbacks.information.functional import (
 )
 from groundwire.callbacks.information.source import ClassifierCallback, LogitsSource
 from groundwire.callbacks.step import Notes, is_logging_step
-from groundwire.plugins.random import stream
 
 Aggregate = Literal["mean", "max", "smoothmax"]
 
@@ -110,6 +110,7 @@ class UndistillableCMI(ClassifierCallback):
         mu: Weight of the past in running centroids.
         seed: Of random temperatures, which depend on it and the step alone.
         source: Where logits and labels are found.
+        name: Under which it logs and keeps its state.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -138,8 +139,9 @@ class UndistillableCMI(ClassifierCallback):
         mu: float = 0.99,
         seed: int = 0,
         source: LogitsSource | None = None,
+        name: str = "cmim",
     ) -> None:
-        super().__init__(source, "cmim")
+        super().__init__(source, name)
         if not 0 <= lam < math.inf:
             raise ValueError(
                 f"`lam` must be finite and at least 0, got {lam}: UndistillableCMI makes CMI small. To make it large, use "
@@ -154,14 +156,14 @@ class UndistillableCMI(ClassifierCallback):
                 f"`num_temperatures` must be at least 1, `kappa` at least 0 and `mu` in [0, 1), got {num_temperatures}, "
                 f"{kappa}, {mu}."
             )
-        for name, value, allowed in (
+        for option, value, allowed in (
             ("temperatures", temperatures, ("grid", "random")),
             ("aggregate", aggregate, ("mean", "max", "smoothmax")),
             ("weight", weight, ("none", "inv_alpha2")),
             ("centroids", centroids, ("auto", "batch", "ema")),
         ):
             if value not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
+                raise ValueError(f"`{option}` must be one of {', '.join(allowed)}, got {value!r}.")
         if temperatures == "random" and centroids == "ema":
             raise ValueError("Random temperatures have no running centroids: use centroids='batch', or a grid.")
         self.lam = lam
@@ -175,26 +177,22 @@ class UndistillableCMI(ClassifierCallback):
         self.centroids = centroids
         self.mu = mu
         self.seed = seed
-        self._alphas: Tensor | None = None  # of this step; drawn before it: under vmap each device would draw its own
         self._running: bool | None = None
         self._tables: list[CentroidTable] = []
-        self._to_restore: list[dict[str, Any]] = []
 
     def alphas(self, step: int) -> Tensor:
         """Inverse temperatures of a step, shape ``(K,)``."""
-        low, high = math.log(self.alpha_min), math.log(self.alpha_max)
-        if self.temperatures == "random":
-            at = torch.rand(self.num_temperatures, generator=stream(self.seed, purpose="cmim/temperatures", round=step))
-        elif self.num_temperatures == 1:
-            at = torch.ones(1)  # one temperature: alpha_max, so that alpha_max = 1 is plain CMI
-        else:
-            at = torch.linspace(0, 1, self.num_temperatures)
-        return (low + (high - low) * at).exp()
+        low, high, number = math.log(self.alpha_min), math.log(self.alpha_max), self.num_temperatures
+        if self.temperatures == "random":  # not by torch: under vmap each device would draw its own
+            generator = random.Random(f"{self.seed}/cmim/temperatures/{step}")
+            at = [generator.random() for _ in range(number)]
+        else:  # a single one is alpha_max, so that alpha_max = 1 is plain CMI
+            at = [k / (number - 1) if number > 1 else 1.0 for k in range(number)]
+        return torch.tensor([math.exp(low + (high - low) * share) for share in at])
 
     @override
-    def total_loss(self, own_loss: Tensor, logits: Tensor, target: Tensor, batch: Any) -> Tensor:
-        assert self._alphas is not None
-        alphas = self._alphas.to(logits)
+    def total_loss(self, own_loss: Tensor, logits: Tensor, target: Tensor, inputs: Any) -> Tensor:
+        alphas = self.alphas(self.trainer.global_step).to(logits)
         centroids = None
         if self._uses_running(len(target), logits.shape[-1]):
             tables = self._tables_for(logits)
@@ -215,13 +213,7 @@ class UndistillableCMI(ClassifierCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.global_step == 0:
-            self._tables, self._to_restore, self._running = [], [], None
-
-    @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._alphas = self.alphas(trainer.global_step)
+            self._tables, self._running = [], None
 
     @override
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, notes: Notes) -> None:
@@ -235,11 +227,29 @@ class UndistillableCMI(ClassifierCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"running": self._running, "tables": [table.state_dict() for table in self._tables]}
+        return {
+            "running": self._running,
+            "settings": self._settings(),
+            "tables": [table.state_dict() for table in self._tables],
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._running, self._to_restore = state_dict["running"], state_dict["tables"]
+        before, now = state_dict["settings"], self._settings()
+        if state_dict["running"] and before != now:
+            changed = ", ".join(
+                f"{name} was {before[name]} and is {now[name]}" for name in now if before[name] != now[name]
+            )
+            raise MisconfigurationException(
+                f"The checkpoint holds running centroids of UndistillableCMI at other settings: {changed}. Resume with "
+                "the same ones."
+            )
+        self._running = state_dict["running"] if self.centroids == "auto" else None
+        self._tables = [CentroidTable.of_state(state, self.mu) for state in state_dict["tables"]]
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("centroids", "temperatures", "alpha_min", "alpha_max", "num_temperatures")
+        return {name: getattr(self, name) for name in names}
 
     def _uses_running(self, batch: int, num_classes: int) -> bool:
         """Whether centroids are running ones; decided at the first step, not by a last batch that is smaller."""
@@ -255,9 +265,4 @@ class UndistillableCMI(ClassifierCallback):
 
     def _tables_for(self, logits: Tensor) -> list[CentroidTable]:
         """One table a temperature; none before the first step."""
-        states, self._to_restore = self._to_restore, []
-        if states:
-            self._tables = [CentroidTable(logits.shape[-1], self.mu, logits.device) for _ in states]
-            for table, state in zip(self._tables, states, strict=True):
-                table.load_state_dict(state)
-        return self._tables
+        return [table.fitting(logits) for table in self._tables]

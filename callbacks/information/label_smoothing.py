@@ -21,6 +21,7 @@ class LabelSmoothing(ClassifierCallback):
     Args:
         smoothing: Share ``eps`` of the uniform distribution, in [0, 1).
         source: Where logits and labels are found.
+        name: Under which it logs and keeps its state.
 
     Raises:
         ValueError: If ``smoothing`` is out of range.
@@ -34,14 +35,18 @@ class LabelSmoothing(ClassifierCallback):
         arXiv:1512.00567
     """
 
-    def __init__(self, smoothing: float = 0.1, source: LogitsSource | None = None) -> None:
-        super().__init__(source, "label_smoothing")
+    own_loss_weight = 0.0
+
+    def __init__(
+        self, smoothing: float = 0.1, source: LogitsSource | None = None, name: str = "label_smoothing"
+    ) -> None:
+        super().__init__(source, name)
         if not 0 <= smoothing < 1:
             raise ValueError(f"`smoothing` must be in [0, 1), got {smoothing}.")
         self.smoothing = smoothing
 
     @override
-    def total_loss(self, own_loss: Tensor, logits: Tensor, target: Tensor, batch: Any) -> Tensor:
+    def total_loss(self, own_loss: Tensor, logits: Tensor, target: Tensor, inputs: Any) -> Tensor:
         log_p = log_probs(logits)
         loss = (1 - self.smoothing) * F.nll_loss(log_p, target) - self.smoothing * log_p.mean(dim=-1).mean()
         if is_logging_step(self.trainer):

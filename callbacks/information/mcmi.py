@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -18,10 +19,12 @@ from typing_extensions import override
 from groundwire.callbacks.information.centroids import CentroidTable, summed_over_processes
 from groundwire.callbacks.information.cmic import CentroidCallback, QUpdate
 from groundwire.callbacks.information.functional import log_probs
-from groundwire.callbacks.information.source import LogitsSource
+from groundwire.callbacks.information.source import LogitsSource, has_no_end
 from groundwire.callbacks.step import Notes, is_logging_step
 from groundwire.callbacks.weights import load_weights
 from groundwire.plugins.edge import DeviceBatch
+
+_ACCURACY_BATCHES = 50  # from which the accuracy before the first step is estimated
 
 
 class MaximumCMI(CentroidCallback):
@@ -44,6 +47,7 @@ class MaximumCMI(CentroidCallback):
         max_accuracy_drop: Largest fall of the training accuracy over an epoch's mean, a fraction.
         allow_large_lambda: Allow ``lam > 1``.
         source: Where logits and labels are found. For the pass, the module is called with the batch's inputs.
+        name: Under which it logs and keeps its state.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -69,8 +73,9 @@ class MaximumCMI(CentroidCallback):
         max_accuracy_drop: float = 0.05,
         allow_large_lambda: bool = False,
         source: LogitsSource | None = None,
+        name: str = "mcmi",
     ) -> None:
-        super().__init__(source, "mcmi", q_update, mu, q_min)
+        super().__init__(source, name, q_update, mu, q_min)
         if not 0 <= lam < math.inf:
             raise ValueError(
                 f"`lam` must be finite and at least 0, got {lam}: MaximumCMI makes CMI large. To make it small, use "
@@ -94,31 +99,42 @@ class MaximumCMI(CentroidCallback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if stage == "fit":
+        if stage == "fit" and trainer.global_step == 0:  # a new run, and not one that goes on
             self._initial_accuracy = self._correct = None
-            if self.checkpoint is not None and trainer.ckpt_path is None:  # not when a run is resumed
+            if self.checkpoint is not None and trainer.ckpt_path is None:
                 load_weights(pl_module, self.checkpoint)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if has_no_end(trainer):
+            raise MisconfigurationException(
+                "MaximumCMI makes one pass over the training data, but the train loader does not say how long it is and "
+                "the Trainer has no max_epochs: it might never end. Set limit_train_batches or max_epochs."
+            )
         if self._initial_accuracy is not None:  # resumed
             return
-        sums, counts, right = torch.zeros(()), torch.zeros(()), torch.zeros(())
+        sums, counts = torch.zeros(()), torch.zeros(())
         with _mode(pl_module, training=self.q_pass_mode == "train"):
             for logits, target in training_outputs(trainer, pl_module, self.source):
-                probs = log_probs(logits).exp()
-                these, of_class = summed_over_processes(probs, target, probs.shape[1], trainer.strategy)
-                these_right = trainer.strategy.reduce((probs.argmax(dim=1) == target).sum().to(these), reduce_op="sum")
-                sums, counts, right = sums.to(these) + these, counts.to(these) + of_class, right.to(these) + these_right
+                these, of_class = summed_over_processes(
+                    log_probs(logits).exp(), target, logits.shape[1], trainer.strategy
+                )
+                sums, counts = sums.to(these) + these, counts.to(these) + of_class
         if not sums.ndim:
             raise ValueError("MaximumCMI needs the outputs on the training data, but the train loader is empty.")
         self.table = CentroidTable(sums.shape[0], self.mu, pl_module.device)
         self.table.assign(sums, counts)
-        self._initial_accuracy = float(right / counts.sum())
+        correct = torch.zeros(2, dtype=torch.float64)
+        with _mode(pl_module, training=True), _buffers_kept(pl_module):  # as it will be measured while training
+            for logits, target in training_outputs(trainer, pl_module, self.source, limit=_ACCURACY_BATCHES):
+                correct = correct.to(target.device) + _right_and_all(logits.argmax(dim=1) == target)
+        right, samples = trainer.strategy.reduce(correct, reduce_op="sum")
+        self._initial_accuracy = float(right / samples)
         rank_zero_info(f"MaximumCMI starts from a training accuracy of {self._initial_accuracy:.4f}.")
 
     @override
-    def total_loss(self, own_loss: Tensor, logits: Tensor, target: Tensor, batch: Any) -> Tensor:
+    def total_loss(self, own_loss: Tensor, logits: Tensor, target: Tensor, inputs: Any) -> Tensor:
         log_p = log_probs(logits)
         cmi = self.divergence(log_p, target)
         self.keep_for_update(logits, target)
@@ -130,9 +146,16 @@ class MaximumCMI(CentroidCallback):
     @override
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, notes: Notes) -> None:
         super().after_step(trainer, pl_module, notes)
-        correct = notes["correct"]
-        now = torch.stack([correct.sum(), torch.tensor(len(correct), device=correct.device)]).double()
+        now = _right_and_all(notes["correct"])
         self._correct = now if self._correct is None else self._correct.to(now.device) + now
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if batch_idx == 0:
+            self._correct = None
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -164,23 +187,34 @@ class MaximumCMI(CentroidCallback):
 
 @torch.no_grad()
 def training_outputs(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, source: LogitsSource
+    trainer: pl.Trainer, pl_module: pl.LightningModule, source: LogitsSource, limit: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One pass over the training data, which leaves the loader and the global random streams as they were.
+    """One pass over the training data, which leaves the loader and the random streams as they were.
 
     Args:
         trainer: A Trainer whose training has started.
         pl_module: The module; it is called with each batch's inputs, in the mode it is in.
         source: Where logits and labels are found.
+        limit: Batches to take; by default those of an epoch.
 
     Yields:
         Logits ``(n, C)`` and labels ``(n,)`` of each batch, or of each device's share of it.
+
+    Raises:
+        MisconfigurationException: If there are several train loaders.
     """
     loader: Any = trainer.train_dataloader
+    if isinstance(loader, dict | list | tuple):
+        raise MisconfigurationException(
+            "MaximumCMI passes over the training data once, and needs a single train loader."
+        )
+    holders = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
+    generators = {id(g): g for h in holders if isinstance(g := getattr(h, "generator", None), torch.Generator)}
+    states = {key: generator.get_state() for key, generator in generators.items()}
     place = loader.state_dict() if hasattr(loader, "state_dict") else None
     with isolate_rng():
         for number, batch in enumerate(loader):
-            if number >= trainer.num_training_batches:
+            if number >= (trainer.num_training_batches if limit is None else limit):
                 break
             batch = trainer.precision_plugin.convert_input(batch)  # this and the next lines: as the loop does
             batch = pl_module._on_before_batch_transfer(batch)
@@ -193,6 +227,23 @@ def training_outputs(
                 yield source.prepare(source.logits(calls), labels)
     if place is not None:
         loader.load_state_dict(place)
+    for key, generator in generators.items():
+        generator.set_state(states[key])
+
+
+def _right_and_all(correct: Tensor) -> Tensor:
+    return torch.stack([correct.sum(), torch.tensor(len(correct), device=correct.device)]).double()
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Undo what a forward in training mode does to running statistics."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
 
 
 @contextmanager

@@ -165,7 +165,7 @@ class NormalizedCMI(Metric):
             check_values(logits, target, warn=not (self.from_probs or self._has_warned))
             self._has_warned |= not self.from_probs
         rows = max(1, _CHUNK // self.num_classes if logits.device.type == "cpu" else len(logits))
-        for part, labels in zip(logits.split(rows), target.split(rows), strict=True):
+        for part, labels in zip(torch.split(logits, rows), torch.split(target, rows), strict=True):
             self._add(part, labels)
 
     def _add(self, logits: Tensor, target: Tensor) -> None:

@@ -24,6 +24,7 @@ class SquaredErrorTeacher(ClassifierCallback):
         ce_epochs: Epochs at the start that train with the module's own loss alone: the gradient of the squared error
             vanishes where the network is confidently wrong.
         source: Where logits and labels are found. Labels may be distributions ``(B, C)``.
+        name: Under which it logs and keeps its state.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -45,18 +46,25 @@ class SquaredErrorTeacher(ClassifierCallback):
         reduction: Literal["sum_classes", "mean"] = "sum_classes",
         ce_epochs: int = 0,
         source: LogitsSource | None = None,
+        name: str = "mse_teacher",
     ) -> None:
-        super().__init__(source, "mse_teacher")
+        super().__init__(source, name)
         if mix < 0 or ce_epochs < 0:
             raise ValueError(f"`mix` and `ce_epochs` must be at least 0, got {mix} and {ce_epochs}.")
         if reduction not in ("sum_classes", "mean"):
             raise ValueError(f"`reduction` must be 'sum_classes' or 'mean', got {reduction!r}.")
         self.mix = mix
+        self.own_loss_weight = mix if mix != 1 else None
         self.reduction: Literal["sum_classes", "mean"] = reduction
         self.ce_epochs = ce_epochs
 
+    @property
     @override
-    def total_loss(self, own_loss: Tensor, logits: Tensor, target: Tensor, batch: Any) -> Tensor:
+    def epochs_needed_for(self) -> str | None:
+        return f"ce_epochs={self.ce_epochs}" if self.ce_epochs else None
+
+    @override
+    def total_loss(self, own_loss: Tensor, logits: Tensor, target: Tensor, inputs: Any) -> Tensor:
         brier = brier_score(logits, target, self.reduction)
         if is_logging_step(self.trainer):
             self.log_terms({"brier": brier})

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from groundwire.callbacks.information.functional import check_logits, values_are_hidden
 from groundwire.callbacks.step import Call, Step, StepCallback, Tap, loss_of, with_loss
+from groundwire.plugins.edge import EdgeStrategy
 
 _LABELS = ("label", "labels", "y", "target", "targets")
 _INPUTS = ("x", "image", "images", "input", "inputs", "pixel_values", "img", "features")
@@ -65,8 +66,22 @@ class LogitsSource:
     @contextmanager
     def open(self, module: pl.LightningModule) -> Iterator[list[Call]]:
         """Collect the calls of a step; see :meth:`Tap.open`."""
-        with self._tap.open(module) as calls:
+        with self._tap.open(module, required=False) as calls:
             yield calls
+
+    def inputs(self, calls: list[Call], batch_inputs: Any) -> Any:
+        """What the network saw: with what the step made of the batch (augmentation), where that can be read.
+
+        Args:
+            calls: What :meth:`open` collected.
+            batch_inputs: Those of the batch.
+
+        Returns:
+            The first argument of the module's ``forward``; the batch's inputs, where logits are read elsewhere or the
+            user says what inputs are.
+        """
+        seen = self._chosen(calls).inputs
+        return seen[0] if not self.submodule and self.unpack is None and seen else batch_inputs
 
     def logits(self, calls: list[Call]) -> Tensor:
         """The logits among the calls, as the module gave them.
@@ -80,12 +95,7 @@ class LogitsSource:
         Raises:
             MisconfigurationException: If there were too few calls, or the output holds no logits.
         """
-        index = self.call if isinstance(self.call, int) else 0 if self.call == "first" else -1
-        if index >= len(calls):
-            raise MisconfigurationException(
-                f"`call` is {self.call}, but the step called forward {len(calls)} times: use a number below that."
-            )
-        output = calls[index].output
+        output = self._chosen(calls).output
         if isinstance(output, Mapping):
             output = output.get("logits", output)
         found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
@@ -95,6 +105,16 @@ class LogitsSource:
                 "submodule that gives the logits, e.g. LogitsSource('model.head')."
             )
         return found
+
+    def _chosen(self, calls: list[Call]) -> Call:
+        if not calls:
+            self._tap.refuse_silence()
+        index = self.call if isinstance(self.call, int) else 0 if self.call == "first" else -1
+        if index >= len(calls):
+            raise MisconfigurationException(
+                f"`call` is {self.call}, but the step called forward {len(calls)} times: use a number below that."
+            )
+        return calls[index]
 
     def inputs_and_labels(self, batch: Any) -> tuple[Any, Tensor]:
         """Inputs and labels of a batch.
@@ -126,13 +146,14 @@ class LogitsSource:
             )
         return inputs, labels
 
-    def prepare(self, logits: Tensor, target: Tensor, soft: bool = False) -> tuple[Tensor, Tensor]:
+    def prepare(self, logits: Tensor, target: Tensor, soft: bool = False, check: bool = True) -> tuple[Tensor, Tensor]:
         """Logits ``(n, C)`` in float32 or wider, and labels ``(n,)``, from what module and batch hold.
 
         Args:
             logits: What the module gave.
             target: What the batch holds.
             soft: Whether distributions ``(n, C)`` are welcome as labels.
+            check: Whether to look at the values; where that waits for an accelerator, it is done once.
 
         Returns:
             The pair.
@@ -144,8 +165,11 @@ class LogitsSource:
         logits, target = as_rows(logits, target, from_probs=self.from_probs, binary=self.binary, flatten=self.flatten)
         if not (soft and target.shape == logits.shape):
             check_logits(logits, target)
-        # reading a value waits for an accelerator: there, once
-        if not values_are_hidden(logits, target) and (logits.device.type == "cpu" or not self._looked_at_values):
+        if (
+            check
+            and not values_are_hidden(logits, target)
+            and (logits.device.type == "cpu" or not self._looked_at_values)
+        ):
             check_values(logits, target, warn=not (self._looked_at_values or self.from_probs))
             self._looked_at_values = True
         return logits, target
@@ -158,10 +182,19 @@ class ClassifierCallback(StepCallback):
 
     Args:
         source: Where logits and labels are found; by default the module's ``forward`` and the usual places.
-        name: Under which it logs.
+        name: Under which it logs, and keeps its state in checkpoints: of several of a class, each needs its own.
+
+    Attributes:
+        accepts_soft_labels: Whether labels may be distributions.
+        own_loss_weight: By which the module's own loss enters the total; None where it enters as it is.
+
+    Raises:
+        MisconfigurationException: At setup, for manual optimization, or if a callback further inside would be weighed
+            or replaced together with the module's own loss.
     """
 
     accepts_soft_labels = False
+    own_loss_weight: float | None = None
 
     def __init__(self, source: LogitsSource | None, name: str) -> None:
         self.source = source or LogitsSource()
@@ -169,19 +202,29 @@ class ClassifierCallback(StepCallback):
         self._trainer: pl.Trainer | None = None
         self._pl_module: pl.LightningModule | None = None
 
-    def total_loss(self, own_loss: Tensor, logits: Tensor, target: Tensor, batch: Any) -> Tensor:
+    def total_loss(self, own_loss: Tensor, logits: Tensor, target: Tensor, inputs: Any) -> Tensor:
         """The loss to train with.
 
         Args:
             own_loss: What the module's step returned.
             logits: Shape ``(B, C)``, with their graph.
             target: Labels ``(B,)``.
-            batch: The step's batch.
+            inputs: What the network saw.
 
         Returns:
             A scalar.
         """
         raise NotImplementedError
+
+    @property
+    def epochs_needed_for(self) -> str | None:
+        """The setting that counts epochs, if there is one: it needs a loader with an end."""
+        return None
+
+    @property
+    def state_key(self) -> str:
+        """Under which checkpoints hold the state."""
+        return f"{type(self).__qualname__}[{self.name}]"
 
     @property
     def trainer(self) -> pl.Trainer:
@@ -196,12 +239,42 @@ class ClassifierCallback(StepCallback):
                 f"{type(self).__name__} changes the loss that `training_step` returns, but {type(pl_module).__name__} "
                 "sets `automatic_optimization = False`. Return the loss and let Lightning step the optimizer."
             )
+        if stage == "fit" and self.own_loss_weight is not None:
+            self._refuse_terms_inside(trainer)
         self._trainer, self._pl_module = trainer, pl_module
         super().setup(trainer, pl_module, stage)
+
+    def _refuse_terms_inside(self, trainer: pl.Trainer) -> None:
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        inside = [c for c in callbacks[callbacks.index(self) + 1 :] if isinstance(c, ClassifierCallback)]
+        if self.own_loss_weight != 0:  # what replaces the module's own loss is welcome inside
+            inside = [c for c in inside if c.own_loss_weight != 0]
+        if inside:
+            names = ", ".join(type(c).__name__ for c in inside)
+            what = "replaces" if self.own_loss_weight == 0 else f"weighs by {self.own_loss_weight}"
+            raise MisconfigurationException(
+                f"{type(self).__name__} {what} the loss of the step inside of it, and so the terms of {names}, which "
+                f"come after it in the Trainer's callbacks. Put {type(self).__name__} after them, or let it leave that "
+                "loss as it is (ce_weight=1 of a distillation method)."
+            )
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.epochs_needed_for is not None and has_no_end(trainer):
+            raise MisconfigurationException(
+                f"{type(self).__name__}({self.epochs_needed_for}) counts epochs, but the train loader does not say how "
+                "long it is and the Trainer has no max_epochs: it might never take hold. Set it to 0, or set "
+                "limit_train_batches or max_epochs."
+            )
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
+        self._trainer = self._pl_module = None
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
         self._trainer = self._pl_module = None
 
     @override
@@ -212,12 +285,26 @@ class ClassifierCallback(StepCallback):
         if output is None:
             return None
         own_loss = loss_of(output)
-        _, labels = self.source.inputs_and_labels(batch)
+        batch_inputs, labels = self.source.inputs_and_labels(batch)
         with torch.autocast(own_loss.device.type, enabled=False):  # also: no half-precision product in our terms
-            logits, target = self.source.prepare(self.source.logits(calls), labels, soft=self.accepts_soft_labels)
-            loss = self.total_loss(own_loss, logits, target, batch)
+            logits, target = self._prepared(self.source.logits(calls), labels)
+            inputs = self.source.inputs(calls, batch_inputs)
+            loss = self.total_loss(own_loss, logits, target, inputs)
         self._refuse_nonfinite(loss, own_loss)
         return with_loss(output, loss)
+
+    def _prepared(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            return self.source.prepare(
+                logits, labels, soft=self.accepts_soft_labels, check=not self._strategy_checks_updates
+            )
+        except RuntimeError as error:
+            raise RuntimeError(f"{type(self).__name__}, step {self.trainer.global_step}: {error}") from error
+
+    @property
+    def _strategy_checks_updates(self) -> bool:
+        """EdgeStrategy looks at every device's update, and may drop one that is not finite."""
+        return isinstance(self.trainer.strategy, EdgeStrategy)
 
     def log_terms(self, values: Mapping[str, Any], reduce_fx: str = "mean") -> None:
         """Log values of this step under the callback's name, on the Trainer's logging steps.
@@ -231,13 +318,18 @@ class ClassifierCallback(StepCallback):
             self._pl_module.log(f"{self.name}/{name}", value, on_step=True, on_epoch=False, reduce_fx=reduce_fx)
 
     def _refuse_nonfinite(self, loss: Tensor, own_loss: Tensor) -> None:
-        if values_are_hidden(loss):
-            return  # EdgeStrategy checks every device's update
+        if values_are_hidden(loss) or self._strategy_checks_updates:
+            return
         if not bool(torch.isfinite(loss)) and bool(torch.isfinite(own_loss)):
             raise RuntimeError(
                 f"{type(self).__name__} made a finite loss non-finite at step {self.trainer.global_step}: the logits are "
                 "beyond what it can handle. The weights were not changed. Lower its weight or the learning rate."
             )
+
+
+def has_no_end(trainer: pl.Trainer) -> bool:
+    """Whether an epoch may never end: a loader of unknown length, and a Trainer that counts steps alone."""
+    return trainer.num_training_batches == float("inf") and trainer.max_epochs in (None, -1)
 
 
 def epochs_done(trainer: pl.Trainer) -> float:
@@ -294,6 +386,8 @@ def as_rows(
             )
         z = logits.reshape(-1) / 2
         return torch.stack([-z, z], dim=-1), target.reshape(-1).long()
+    if not target.is_floating_point():
+        target = target.long()
     if flatten and logits.ndim > 2:
         return logits.movedim(1, -1).reshape(-1, logits.shape[1]), target.reshape(-1)
     if logits.ndim > 2:

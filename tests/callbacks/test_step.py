@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import pickle
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from groundwire.callbacks import StepCallback, Tap
+from groundwire.callbacks.information import LabelSmoothing
 from groundwire.callbacks.step import loss_of, with_loss
 from groundwire.plugins.edge import DeviceBatch, EdgeStrategy, LocalSGD
 from helpers.callbacks import (
@@ -26,7 +30,7 @@ from helpers.callbacks import (
     state_of,
     taking_dicts,
 )
-from helpers.edge import CLASSES, FEATURES, Classifier, Rounds, fit, generator, loader, mlp, trainer
+from helpers.edge import CLASSES, FEATURES, Classifier, Rounds, fit, generator, loader, mlp, trainer, weights
 
 cross_entropy = nn.functional.cross_entropy
 
@@ -730,3 +734,64 @@ def test_tap_lets_go_after_an_error(error: BaseException) -> None:
         raise error
     assert calls == [], "no graph outlives it"
     assert not any(sub._forward_hooks for sub in module.modules())
+
+
+def test_another_trainer_that_uses_the_module_meanwhile_neither_loses_nor_takes_its_callbacks() -> None:
+    class Counts(StepCallback):
+        def __init__(self) -> None:
+            self.steps = self.evaluations = 0
+
+        def around_step(self, step: Any, batch: Any) -> Any:
+            self.steps += 1
+            return step(batch)
+
+        def around_evaluation(self, step: Any, batch: Any) -> Any:
+            self.evaluations += 1
+            return step(batch)
+
+    inner = Counts()
+
+    class Validates(pl.Callback):
+        def on_train_batch_end(self, outer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            another = trainer(callbacks=[inner])
+            another.validate(pl_module, loader(), verbose=False)
+            pl_module.trainer = outer
+
+    class Validated(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self(batch[0])
+
+    module, counts = Validated(mlp()), Counts()
+    trainer(callbacks=[counts, Validates()], steps=3).fit(module, loader())
+    assert (counts.steps, counts.evaluations) == (3, 0)
+    assert (inner.steps, inner.evaluations) == (0, 3 * len(loader()))
+    assert not {"training_step", "validation_step"} & set(module.__dict__)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_copy_made_during_fit_has_steps_of_its_own(duplicate: Any) -> None:
+    class Copies(pl.Callback):
+        def on_train_batch_end(self, t: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            attached, pl_module._trainer = pl_module._trainer, None  # a Trainer is not what is to be copied
+            self.copy = duplicate(pl_module)
+            pl_module._trainer = attached
+
+    copies = Copies()
+    fit("auto", Classifier(mlp()), callbacks=[Penalty(), copies], steps=1)
+    with torch.no_grad():
+        for parameter in copies.copy.parameters():
+            parameter.zero_()
+    copies.copy.log = lambda *args, **kwargs: None
+    loss = copies.copy.training_step(next(iter(loader())), 0)
+    assert float(loss) == pytest.approx(math.log(CLASSES)), "its own weights, without the penalty"
+
+
+def test_a_step_that_skips_before_any_forward_is_no_error() -> None:
+    class Skips(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+    both = [Skips(mlp()), Skips(mlp())]
+    for module, callbacks in zip(both, ([], [LabelSmoothing(0.0)]), strict=True):
+        trainer(callbacks=callbacks, steps=3).fit(module, loader())
+    torch.testing.assert_close(weights(both[0]), weights(both[1]), rtol=1e-5, atol=1e-6)

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
+import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from groundwire.callbacks.information import DKD, CMIConstraint, CMIMonitor, Distillation, UndistillableCMI
+from groundwire.callbacks.information import (
+    DKD,
+    KD,
+    CMIConstraint,
+    CMIMonitor,
+    Distillation,
+    LabelSmoothing,
+    MaximumCMI,
+    SquaredErrorTeacher,
+    UndistillableCMI,
+)
 from groundwire.plugins.compression import ErrorFeedback, TopK
 from groundwire.plugins.edge import ADSGD, Digital, EdgeStrategy
-from helpers.edge import Classifier, fit, mlp
+from helpers.edge import Classifier, Rounds, fit, loader, mlp
 
 
 def constraints() -> list[Any]:
     return [
         CMIMonitor(pictures=False),
         CMIConstraint(lam=0.5, warmup_epochs=0),
-        Distillation(mlp(), method=DKD(warmup_epochs=0), check_teacher=False),
         UndistillableCMI(lam=0.5),
+        Distillation(mlp(), method=DKD(warmup_epochs=0), check_teacher=False),
+        LabelSmoothing(0.1),
     ]
 
 
@@ -44,8 +58,82 @@ def test_vectorised_devices_and_a_loop_agree_with_all_constraints_at_once() -> N
 
 
 def test_the_terms_add_up_in_any_order() -> None:
-    """Each adds to the loss of the step inside of it; only Distillation, which weighs it, depends on its place."""
+    """Each adds to the loss of the step inside of it."""
     first = [CMIConstraint(lam=0.5, warmup_epochs=0), UndistillableCMI(lam=0.5)]
     second = [UndistillableCMI(lam=0.5), CMIConstraint(lam=0.5, warmup_epochs=0)]
     results = [fit("auto", Classifier(mlp()), callbacks=callbacks)[0] for callbacks in (first, second)]
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner"),
+    [
+        (LabelSmoothing(), CMIConstraint()),
+        (SquaredErrorTeacher(), Distillation(mlp())),
+        (Distillation(mlp()), CMIConstraint()),
+        (LabelSmoothing(), SquaredErrorTeacher()),
+        (Distillation(mlp(), name="a"), Distillation(mlp(), name="b")),
+    ],
+)
+def test_terms_are_not_silently_weighed_or_replaced_with_the_own_loss(outer: Any, inner: Any) -> None:
+    with pytest.raises(
+        MisconfigurationException, match=rf"{type(outer).__name__} .*{type(inner).__name__}.* after them"
+    ):
+        fit("auto", callbacks=[outer, inner], steps=1)
+
+
+def test_two_of_a_class_go_by_their_names() -> None:
+    teachers = [
+        Distillation(mlp(), None, method, name=name, check_teacher=False)
+        for name, method in (("first", DKD()), ("second", KD()))
+    ]
+    monitors = [CMIMonitor(temperature, pictures=False, name=f"T{temperature}") for temperature in (1, 4)]
+    weights, t, _ = fit("auto", callbacks=[*monitors, *teachers])
+    assert torch.isfinite(weights).all()
+    assert {"first/tckd", "second/kd"} <= set(t.callback_metrics)
+    assert len({callback.state_key for callback in [*teachers, *monitors]}) == 4
+
+
+class Endless:
+    def __iter__(self) -> Any:
+        return itertools.cycle(loader())
+
+
+@pytest.mark.parametrize(
+    ("callback", "setting"),
+    [
+        (lambda: CMIConstraint(), "warmup_epochs=1.0"),
+        (lambda: CMIConstraint(warmup_epochs=0, q_update="epoch"), "q_update='epoch'"),
+        (lambda: SquaredErrorTeacher(ce_epochs=1), "ce_epochs=1"),
+        (lambda: Distillation(mlp(), method=DKD(warmup_epochs=20)), "warmup_epochs=20"),
+        (lambda: MaximumCMI(), "one pass"),
+    ],
+)
+def test_what_counts_epochs_refuses_a_loader_without_an_end(callback: Any, setting: str) -> None:
+    with pytest.raises(MisconfigurationException, match=setting):
+        fit("auto", callbacks=[callback()], data=Endless(), steps=1)
+    fit("auto", callbacks=[CMIConstraint(warmup_epochs=0)], data=Endless(), steps=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_labels_of_any_integer_type_will_do(dtype: torch.dtype) -> None:
+    class Casts(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return torch.nn.functional.cross_entropy(self(batch[0]), batch[1].long())
+
+    batches = [(x, y) for x, y in loader()]
+    results = [
+        fit(
+            "auto", Casts(mlp()), data=Rounds(*[(x, y.to(kind)) for x, y in batches]), callbacks=constraints(), steps=3
+        )[0]
+        for kind in (dtype, torch.int64)
+    ]
+    assert torch.equal(*results)
+
+
+def test_a_float32_teacher_serves_a_student_in_double_precision() -> None:
+    teacher = mlp()
+    callback = Distillation(teacher, check_teacher=False)
+    weights, _, _ = fit("auto", callbacks=[callback], precision="64-true")
+    assert torch.isfinite(weights).all()
+    assert {p.dtype for p in teacher.parameters()} == {torch.float32}

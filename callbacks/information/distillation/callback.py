@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
@@ -22,8 +23,9 @@ from groundwire.plugins.edge import DeviceBatch
 class Distillation(ClassifierCallback):
     """Trains a student with ``ce_weight`` times its own loss plus what it has to learn from a teacher.
 
-    The teacher sees the inputs that the student's step gets (what outer callbacks make of them included), once a batch,
-    in evaluation mode and without gradients. It belongs neither to the student's state dict nor to its optimizer;
+    The teacher sees what the student's ``forward`` does, augmentation inside the step and outer callbacks included (or
+    the batch's inputs, if ``source`` names a submodule or says how to unpack), once a batch, in evaluation mode and
+    without gradients. It belongs neither to the student's state dict nor to its optimizer;
     checkpoints hold a fingerprint of its weights, against which a resumed run checks the teacher that it is given.
 
     Before the first step the teacher is tried on the first batch: one with another number of classes is refused, and one
@@ -41,6 +43,7 @@ class Distillation(ClassifierCallback):
         teacher_inputs: From the student's inputs to the teacher's, where their normalisation differs.
         check_teacher: Refuse a teacher that is right no more often than by chance.
         source: Where the student's logits and the labels are found.
+        name: Under which it logs and keeps its state: of several teachers, each needs its own.
 
     Raises:
         MisconfigurationException: If there is no teacher, or it does not fit the student.
@@ -65,10 +68,12 @@ class Distillation(ClassifierCallback):
         teacher_inputs: Callable[[Any], Any] | None = None,
         check_teacher: bool = True,
         source: LogitsSource | None = None,
+        name: str = "distillation",
     ) -> None:
-        super().__init__(source, "distillation")
+        super().__init__(source, name)
         self.teacher = Teacher(teacher, checkpoint, teacher_inputs)
         self.method = method or KD()
+        self.own_loss_weight = self.method.ce_weight if self.method.ce_weight != 1 else None
         self.check_teacher = check_teacher
         self._tried = False
         self._fingerprint: str | None = None
@@ -91,6 +96,12 @@ class Distillation(ClassifierCallback):
         super().on_exception(trainer, pl_module, exception)
         self.teacher.release()
 
+    @property
+    @override
+    def epochs_needed_for(self) -> str | None:
+        warmup = getattr(self.method, "warmup_epochs", 0)
+        return f"{type(self.method).__name__}(warmup_epochs={warmup})" if warmup else None
+
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -98,25 +109,28 @@ class Distillation(ClassifierCallback):
         if self._tried:
             return
         self._tried = True
-        first = batch.row(0) if isinstance(batch, DeviceBatch) else batch
-        inputs, labels = self.source.inputs_and_labels(first)
-        with trainer.precision_plugin.forward_context():
-            logits = self.teacher(inputs)
-        try:
-            logits, target = self.source.prepare(logits, labels)
-        except ValueError as error:
-            raise MisconfigurationException(f"The teacher does not fit the data: {error}") from error
-        right = int((logits.argmax(dim=1) == target).sum())
-        if self.check_teacher and right <= most_by_chance(len(target), logits.shape[1]):
+        counts, num_classes = torch.zeros(2, device=pl_module.device), 2
+        for part in [batch.row(i) for i in range(len(batch))] if isinstance(batch, DeviceBatch) else [batch]:
+            inputs, labels = self.source.inputs_and_labels(part)
+            with trainer.precision_plugin.forward_context():
+                logits = self.teacher(inputs)
+            try:
+                logits, target = self.source.prepare(logits, labels)
+            except ValueError as error:
+                raise MisconfigurationException(f"The teacher does not fit the data: {error}") from error
+            correct = logits.argmax(dim=1) == target
+            counts += torch.stack([correct.sum(), torch.tensor(len(target), device=counts.device)])
+            num_classes = logits.shape[1]
+        right, samples = (int(count) for count in trainer.strategy.reduce(counts, reduce_op="sum"))
+        if self.check_teacher and looks_like_chance(right, samples, num_classes):
             raise MisconfigurationException(
-                f"The teacher is right on {right} of the first {len(target)} training samples, which is no better than "
-                f"chance for {logits.shape[1]} classes. Is its input normalised like the student's? If not, pass "
-                "`teacher_inputs`. Is it trained? Pass `checkpoint`. To go on all the same, check_teacher=False."
+                f"The teacher is right on {right} of the first {samples} training samples, which is no better than "
+                f"chance for {num_classes} classes. Has it learned the same classes, and is its input normalised like the "
+                "student's? If not, pass `teacher_inputs`. Is it trained? Pass `checkpoint`. To go on all the same, check_teacher=False."
             )
 
     @override
-    def total_loss(self, own_loss: Tensor, logits: Tensor, target: Tensor, batch: Any) -> Tensor:
-        inputs, _ = self.source.inputs_and_labels(batch)
+    def total_loss(self, own_loss: Tensor, logits: Tensor, target: Tensor, inputs: Any) -> Tensor:
         with self.trainer.precision_plugin.forward_context():
             raw = self.teacher(inputs)
         teacher, _ = self.source.prepare(raw, target)
@@ -147,19 +161,22 @@ class Distillation(ClassifierCallback):
             )
 
 
-def most_by_chance(samples: int, num_classes: int) -> int:
-    """How many right answers a guesser reaches or exceeds with a probability of about one in a thousand.
+def looks_like_chance(right: int, samples: int, num_classes: int) -> bool:
+    """Whether right answers are no more than a guesser has, where so few samples can tell it from a good teacher.
 
     Args:
+        right: Right answers.
         samples: Samples ``n``.
         num_classes: Classes ``C``.
 
     Returns:
-        Mean plus three standard deviations of the binomial ``(n, 1/C)``, at most ``n - 1``, rounded down.
+        True if ``right`` is at most the mean plus three standard deviations of the binomial ``(n, 1/C)``, provided that
+        a teacher of 75 % accuracy would be above that by three standard deviations of its own.
 
     Example:
-        >>> most_by_chance(128, 10)
-        22
+        >>> looks_like_chance(20, 128, 10), looks_like_chance(60, 128, 10), looks_like_chance(1, 4, 10)
+        (True, False, False)
     """
-    p = 1 / num_classes
-    return min(samples - 1, math.floor(samples * p + 3 * math.sqrt(samples * p * (1 - p))))
+    guesser = samples / num_classes + 3 * math.sqrt(samples * (1 - 1 / num_classes) / num_classes)
+    decent = 0.75 * samples - 3 * math.sqrt(samples * 0.75 * 0.25)
+    return right <= guesser < decent

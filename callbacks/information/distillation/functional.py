@@ -8,7 +8,7 @@ from torch import Tensor
 
 from groundwire.callbacks.information.functional import log_probs
 
-_EPS = 1e-8
+_CONSTANT = 1e-7  # probabilities that differ by less are equal up to rounding
 
 
 def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
@@ -125,7 +125,10 @@ def _decoupled(log_p: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pearson(a: Tensor, b: Tensor) -> Tensor:
-    """Correlation in each row."""
+    """Correlation in each row; 0, and without a gradient, where one of them is constant."""
     a, b = a - a[..., :1], b - b[..., :1]  # a constant row is 0 exactly, not its mean's rounding error
     a, b = a - a.mean(dim=-1, keepdim=True), b - b.mean(dim=-1, keepdim=True)
-    return F.cosine_similarity(a, b, dim=-1, eps=_EPS)
+    varies = torch.minimum(a.detach().abs().amax(dim=-1), b.detach().abs().amax(dim=-1)) > _CONSTANT
+    rows = varies[..., None]
+    correlation = F.cosine_similarity(torch.where(rows, a, 1.0), torch.where(rows, b, 1.0), dim=-1)
+    return torch.where(varies, correlation, 0.0)

@@ -99,7 +99,7 @@ class DKD(DistillationMethod):
         alpha: Weight of the target-class term.
         beta: Weight of the non-target-class term.
         ce_weight: Weight of the module's own loss.
-        warmup_epochs: Epochs over which both terms grow linearly: ``min(epoch / warmup_epochs, 1)``.
+        warmup_epochs: Epochs over which both terms grow linearly: ``min(epoch / warmup_epochs, 1)``, epochs from 1.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -131,7 +131,7 @@ class DKD(DistillationMethod):
 
     @override
     def terms(self, student: Tensor, teacher: Tensor, target: Tensor, epoch: int) -> dict[str, DistillationTerm]:
-        ramp = min(epoch / self.warmup_epochs, 1.0) if self.warmup_epochs else 1.0
+        ramp = min((epoch + 1) / self.warmup_epochs, 1.0) if self.warmup_epochs else 1.0
         tckd, nckd = dkd_terms(student, teacher, target, self.temperature)
         return {
             "tckd": DistillationTerm(ramp * self.alpha, tckd),

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from groundwire.callbacks.weights import find_checkpoint, load_weights
@@ -95,7 +96,11 @@ class Teacher:
                 "The teacher was put into training mode during the fit: its BatchNorm statistics would drift. Keep it "
                 "out of the student's submodules."
             )
-        output = self.module(inputs if self.inputs is None else self.inputs(inputs))
+        if self.inputs is not None:
+            inputs = self.inputs(inputs)
+        if (dtype := _floating_dtype(self.module)) is not None:  # the student's Trainer may work in another precision
+            inputs = apply_to_collection(inputs, Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x)
+        output = self.module(inputs)
         if isinstance(output, Mapping):
             output = output.get("logits", output)
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
@@ -114,6 +119,10 @@ class Teacher:
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def _floating_dtype(module: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 
 def _build_from_checkpoint(file: Path) -> nn.Module:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from groundwire.callbacks.information.centroids import CentroidTable, summed_over_processes
@@ -161,29 +162,41 @@ def test_a_loaded_table_goes_on_bit_for_bit() -> None:
     for probs, target in data[:3]:
         table.update(probs, target)
     state = table.state_dict()
-    other = CentroidTable(CLASSES, 0.9)
-    other.load_state_dict(state)
+    other = CentroidTable.of_state(state, 0.9)
     assert torch.equal(other.centroids, table.centroids)
     for probs, target in data[3:]:
         table.update(probs, target)
         other.update(probs, target)
         assert torch.equal(other.centroids, table.centroids)
-    third = CentroidTable(CLASSES, 0.9)
-    third.load_state_dict(state)  # the state is a copy, which later updates of neither table changed
+    third = CentroidTable.of_state(state, 0.9)  # the state is a copy, which later updates of neither table changed
     np.testing.assert_allclose(third.centroids.numpy(), by_hand(data[:3], 0.9), atol=1e-6)
 
 
 def test_another_number_of_classes_is_refused() -> None:
-    state = CentroidTable(10).state_dict()
-    table = CentroidTable(100)
+    table = CentroidTable.of_state(CentroidTable(10).state_dict(), 0.9)
     with pytest.raises(
         MisconfigurationException, match=r"holds centroids for 10 classes, the module outputs 100\. Resume"
     ):
-        table.load_state_dict(state)
-    assert table.centroids.shape == (100, 100)
+        table.fitting(torch.zeros(1, 100))
 
 
 def test_moving_moves_everything() -> None:
-    table = CentroidTable(3).to("meta")
+    table = CentroidTable(3).fitting(torch.zeros(1, 3, device="meta"))
     assert {value.device.type for value in (table.centroids, table._mean)} == {"meta"}
     assert CentroidTable(3, device="meta").centroids.device.type == "meta"
+
+
+def test_outputs_that_are_not_finite_do_not_spoil_the_centroids() -> None:
+    (probs, target), *_ = batches()
+    spoilt = torch.cat([probs, torch.full((2, CLASSES), torch.nan)])
+    labels = torch.cat([target, target[:1], torch.tensor([CLASSES - 1])])
+    table, clean = CentroidTable(CLASSES, 0.9), CentroidTable(CLASSES, 0.9)
+    table.update(spoilt, labels)
+    clean.update(probs, target)
+    assert torch.equal(table.centroids, clean.centroids)
+    for found, expected in zip(
+        summed_over_processes(spoilt, labels, CLASSES, SingleDeviceStrategy()),
+        summed_over_processes(probs, target, CLASSES, SingleDeviceStrategy()),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from groundwire.callbacks.information import CMIMonitor, LogitsSource, NormalizedCMI
 from helpers.callbacks import check_step_callback
-from helpers.edge import Classifier, Killed, Stateful, loader, mlp, trainer
+from helpers.edge import Classifier, Killed, Rounds, Stateful, loader, mlp, trainer
 
 PICTURES = {"cmi_evolution.png", "simplex.png", "centroids.png"}
 
@@ -98,7 +98,7 @@ def test_the_sanity_check_is_ignored(tmp_path: Path) -> None:
         seen = 0
 
         def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
-            assert self._metric is None
+            assert not self._metrics
             Looks.seen += 1
 
     module, monitor = Validated(mlp()), Looks(dirpath=tmp_path)
@@ -206,3 +206,20 @@ def test_bad_values_in_the_validation_are_refused(tmp_path: Path) -> None:
 def test_bad_settings_are_refused(temperature: float) -> None:
     with pytest.raises(ValueError, match="`temperature` must be positive"):
         CMIMonitor(temperature)
+
+
+class OfSeveral(Classifier):
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self(batch[0])
+
+
+def test_each_of_several_loaders_has_numbers_of_its_own() -> None:
+    first, second = loader(), Rounds(*[(3 * x, y) for x, y in loader()])
+    both, alone = CMIMonitor(pictures=False), CMIMonitor(pictures=False)
+    t = trainer(callbacks=[both])
+    t.validate(OfSeveral(mlp()), [first, second], verbose=False)
+    for index, data in enumerate((first, second)):
+        single = trainer(callbacks=[alone])
+        single.validate(Validated(mlp()), data, verbose=False)
+        for name in ("cmi_nats", "gamma_nats", "ncmi", "top1"):
+            assert t.callback_metrics[f"val/{name}/dataloader_idx_{index}"] == single.callback_metrics[f"val/{name}"]

@@ -19,8 +19,22 @@ from torch import Tensor, nn
 
 from groundwire.callbacks.information import CMIConstraint
 from groundwire.datamodules import Digits
+from groundwire.plugins.edge import EdgeStrategy
 from helpers.callbacks import check_step_callback
-from helpers.edge import CLASSES, FEATURES, Classifier, Killed, Losses, Stateful, fit, loader, mlp, trainer, weights
+from helpers.edge import (
+    CLASSES,
+    FEATURES,
+    Classifier,
+    Killed,
+    Losses,
+    Rounds,
+    Stateful,
+    fit,
+    loader,
+    mlp,
+    trainer,
+    weights,
+)
 
 BATCHES = 4  # an epoch of `loader()`
 
@@ -121,7 +135,7 @@ def check_resumes(build: Callable[[], pl.Callback], folder: Path, **options: Any
         assert torch.equal(weights(fresh), final), f"after a checkpoint at step {step}"
 
 
-@pytest.mark.parametrize("q_update", ["batch", "epoch", "none"])
+@pytest.mark.parametrize("q_update", ["batch", "epoch"])
 def test_it_is_a_step_callback(q_update: Any) -> None:
     check_step_callback(
         lambda: CMIConstraint(lam=1.0, beta=0.05, warmup_epochs=0.5, q_update=q_update),
@@ -135,7 +149,6 @@ def test_it_is_a_step_callback(q_update: Any) -> None:
         ({"beta": 0.0, "warmup_epochs": 0}, {}),
         ({"beta": 0.0, "warmup_epochs": 0, "mu": 0.5}, {"mu": 0.5}),
         ({"beta": 0.0, "warmup_epochs": 0, "mu": 0.0}, {"mu": 0.0}),
-        ({"beta": 0.0, "warmup_epochs": 0, "q_update": "none"}, {"q_update": "none"}),
         ({"beta": 0.0, "warmup_epochs": 0, "q_update": "epoch"}, {"q_update": "epoch"}),
         ({"beta": 0.1, "warmup_epochs": 0}, {"beta": 0.1}),
         ({"beta": 0.1, "warmup_epochs": 0, "gamma_norm": "b2"}, {"beta": 0.1, "gamma_norm": "b2"}),
@@ -166,7 +179,6 @@ def test_options_of_gamma_and_centroids_make_a_difference() -> None:
             {},
             {"mu": 0.5},
             {"q_update": "epoch"},
-            {"q_update": "none"},
             {"gamma_norm": "b2"},
             {"gamma_grad": "first"},
             {"gamma_cap": 0.5},
@@ -319,3 +331,39 @@ def test_cmi_on_digits_is_lower_than_with_cross_entropy() -> None:
         assert accuracy > 0.9
     assert found["cmic"]["train"] < 0.95 * found["ce"]["train"]
     assert found["cmic"]["test"] < found["ce"]["test"]
+
+
+def test_a_checkpoint_of_an_epochs_last_step_resumes_with_the_centroids_of_that_epoch(tmp_path: Path) -> None:
+    build = lambda: CMIConstraint(lam=2.0, beta=0.0, warmup_epochs=0, q_update="epoch")
+    module = Classifier(mlp())
+    whole, _, _ = fit("auto", module, data=Stateful(loader()), steps=14, callbacks=[build()])
+    saver = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+    t = trainer(steps=14, callbacks=[build(), saver], enable_checkpointing=True)
+    t.fit(copy.deepcopy(module), Stateful(loader()))
+    for step in (4, 8, 12):
+        fresh = copy.deepcopy(module)
+        trainer(steps=14, callbacks=[build()]).fit(fresh, Stateful(loader()), ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert torch.equal(weights(fresh), whole)
+
+
+def test_centroids_are_kept_if_a_resumed_run_is_saved_before_its_first_step() -> None:
+    callback, fresh = CMIConstraint(), CMIConstraint()
+    fit("auto", callbacks=[callback])
+    fresh.load_state_dict(callback.state_dict())
+    assert torch.equal(fresh.state_dict()["table"]["centroids"], callback.state_dict()["table"]["centroids"])
+    assert torch.equal(fresh.centroids, callback.centroids)
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_a_device_that_is_dropped_leaves_no_trace_in_the_centroids(vectorize: bool) -> None:
+    class Spoils(pl.Callback):
+        def on_train_batch_start(self, t: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                batch[0][0] = torch.inf
+
+    callback = CMIConstraint(warmup_epochs=0)
+    strategy = EdgeStrategy(4, vectorize=vectorize, on_nonfinite="drop")
+    data = Rounds(*[(x.clone(), y) for x, y in loader()])
+    final, _, _ = fit(strategy, data=data, callbacks=[callback, Spoils()], steps=4)
+    assert torch.isfinite(final).all()
+    assert torch.isfinite(callback.centroids).all()

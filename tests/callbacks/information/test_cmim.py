@@ -280,3 +280,18 @@ def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None
 def test_random_temperatures_with_small_batches_are_refused() -> None:
     with pytest.raises(MisconfigurationException, match="fewer than 8 samples for each of 3 classes"):
         fit("auto", data=loader(batch_size=12), callbacks=[UndistillableCMI(temperatures="random")])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"centroids": "batch"}, "centroids was ema and is batch"),
+        ({"alpha_min": 0.1}, "alpha_min was 0.05 and is 0.1"),
+        ({"num_temperatures": 3}, "num_temperatures was 6 and is 3"),
+    ],
+)
+def test_running_centroids_do_not_go_on_at_other_settings(changed: dict[str, Any], message: str) -> None:
+    callback = UndistillableCMI(centroids="ema")
+    fit("auto", callbacks=[callback])
+    with pytest.raises(MisconfigurationException, match=message):
+        UndistillableCMI(**({"centroids": "ema"} | changed)).load_state_dict(callback.state_dict())

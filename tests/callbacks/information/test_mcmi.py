@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -292,3 +293,42 @@ def test_a_class_without_a_sample_keeps_the_uniform_centroid() -> None:
     fit("auto", callbacks=[callback], data=data, steps=2)
     assert callback.centroids is not None
     assert torch.equal(callback.centroids[2], torch.full((CLASSES,), 1 / CLASSES))
+
+
+def test_the_guard_measures_before_and_after_in_the_same_mode() -> None:
+    """Dropout lowers the accuracy in training mode: no reason to stop."""
+    network = nn.Sequential(nn.Linear(FEATURES, 64), nn.ReLU(), nn.Dropout(0.8), nn.Linear(64, CLASSES))
+    trained = Classifier(network)
+    trainer(steps=300).fit(trained, loader())
+    trainer(steps=8, callbacks=[MaximumCMI(lam=0.0, max_accuracy_drop=0.15)]).fit(trained, loader())
+
+
+def test_the_pass_leaves_a_loaders_own_generator_as_it_was() -> None:
+    def shuffled() -> DataLoader[Any]:
+        return DataLoader(loader().dataset, batch_size=24, shuffle=True, generator=torch.Generator().manual_seed(3))
+
+    module = Classifier(mlp())
+    plain, _, _ = fit("auto", module, data=shuffled())
+    assert torch.equal(fit("auto", module, data=shuffled(), callbacks=[MaximumCMI(lam=0.0)])[0], plain)
+
+
+def test_a_second_fit_goes_on_from_the_first_and_not_from_the_checkpoint(tmp_path: Path) -> None:
+    start = Classifier(mlp())
+    t = trainer(steps=4)
+    t.fit(start, loader())
+    t.save_checkpoint(tmp_path / "teacher.ckpt")
+    module = Classifier(mlp())
+    t = trainer(steps=4, callbacks=[MaximumCMI(lam=0.1, checkpoint=tmp_path / "teacher.ckpt", max_accuracy_drop=1.0)])
+    t.fit(module, loader())
+    after_one = weights(module)
+    t.fit(module, loader())  # nothing is left to train
+    assert torch.equal(weights(module), after_one)
+
+
+def test_several_train_loaders_are_refused() -> None:
+    class Two(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch["a"], batch_idx)
+
+    with pytest.raises(MisconfigurationException, match="single train loader"):
+        trainer(steps=1, callbacks=[MaximumCMI()]).fit(Two(mlp()), {"a": loader(), "b": loader()})
