@@ -3,7 +3,8 @@
     python benchmarks/information.py [--repeats 5] [--csv docs/benchmark_information.csv]
 
 Parts, each variant in a process of its own, in turn, several times; medians and ratios of paired runs are printed:
-    step     a Trainer's step of SmallCNN (B = 128, 10 classes) with CMIConstraint / without
+    step     a Trainer's step of SmallCNN (B = 128, 10 classes) with CMIConstraint / without; the ratio is of one process
+             in which every other step is constrained, since processes differ by more than the constraint costs
     step1000 the same of a linear layer from 512 features to 1,000 classes
     terms    CMI and Gamma with their gradient, B = 128, 10 or 1,000 classes / cross entropy with its gradient; and the
              bytes that the terms must move at least, at the machine's copying speed, over their time
@@ -39,8 +40,8 @@ from groundwire.recipes import Classifier, SmallCNN
 
 WARM_UP, STEPS, BATCH = 10, 100, 128
 CASES = {
-    "step": ["with", "without"],
-    "step1000": ["with", "without"],
+    "step": ["with", "without", "every other"],
+    "step1000": ["with", "without", "every other"],
     "terms10": ["cmic", "ce", "copy"],
     "terms1000": ["cmic", "ce", "copy"],
     "metric10": ["ncmi", "confusion"],
@@ -71,13 +72,28 @@ class Clock(pl.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.marks.append(time.process_time())
 
-    def median(self) -> float:
+    def median(self, start: int = 0, every: int = 1) -> float:
         """CPU seconds of a step, without the warm-up: the median, since other processes slow some steps down."""
         times = [b - a for a, b in itertools.pairwise(self.marks)]
-        return statistics.median(times[WARM_UP:])
+        return statistics.median(times[WARM_UP + start :: every])
 
 
-def train(case: str, constrained: bool) -> float:
+class EveryOther(CMIConstraint):
+    """Constrains the steps of odd number, and leaves the others alone."""
+
+    def around_step(self, step: Any, batch: Any) -> Any:
+        odd = self.trainer.global_step % 2
+        return super().around_step(step, batch) if odd else step(batch)
+
+
+CONSTRAINTS: dict[str, list[pl.Callback]] = {
+    "with": [CMIConstraint(warmup_epochs=0)],
+    "without": [],
+    "every other": [EveryOther(warmup_epochs=0)],
+}
+
+
+def train(case: str, variant: str) -> Clock:
     generator = torch.Generator().manual_seed(0)
     if case == "step":
         module: Classifier = SmallCNN()
@@ -90,10 +106,10 @@ def train(case: str, constrained: bool) -> float:
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, max_steps=WARM_UP + STEPS, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[*([CMIConstraint(warmup_epochs=0)] if constrained else []), clock],
+        callbacks=[*CONSTRAINTS[variant], clock],
     )  # fmt: skip
     trainer.fit(module, Repeat(batch))
-    return clock.median()
+    return clock
 
 
 def timed(call: Callable[[], Any], repeats: int = 200) -> float:
@@ -141,7 +157,10 @@ def measure(case: str, variant: str) -> dict[str, float]:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if case.startswith("step"):
-        seconds = train(case, variant == "with")
+        clock = train(case, variant)
+        if variant == "every other":  # mark i ends step i, so that the first time is that of step 1, a constrained one
+            return {"ratio": clock.median(0, 2) / clock.median(1, 2)}
+        seconds = clock.median()
     elif case.startswith("terms"):
         seconds = terms(int(case.removeprefix("terms")), variant)
     else:
@@ -168,9 +187,12 @@ def main() -> None:
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 runs[variant].append(json.loads(done.stdout.splitlines()[-1]))
         ours = runs[variants[0]]
-        for variant in variants:
+        within = [run["ratio"] for run in runs.pop("every other", [])]
+        for variant in runs:
             median = {key: statistics.median(run[key] for run in runs[variant]) for key in ours[0]}
             ratio = statistics.median(a["cpu_ms"] / b["cpu_ms"] for a, b in zip(ours, runs[variant], strict=True))
+            if within and variant == "without":
+                ratio = statistics.median(within)
             rows.append({"case": case, "variant": variant} | median | {f"{variants[0]}_over_this": ratio})
             print(
                 f"{case:10} {variant:10} {median['cpu_ms']:8.3f} ms CPU {median['peak_mib']:7.1f} MiB peak   "

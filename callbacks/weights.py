@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,13 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         ValueError: If the file holds no module's state.
     """
     file = find_checkpoint(path)
-    checkpoint: Any = torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        checkpoint: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} holds more than tensors and plain values, which is not read for safety: {error}. Load it yourself, "
+            "and pass the network with its weights."
+        ) from error
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict):
         raise ValueError(f"{file} is no Lightning checkpoint: it has no `state_dict`.")  # noqa: TRY004  the file is wrong, not a type

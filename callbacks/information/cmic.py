@@ -237,6 +237,11 @@ class CMIConstraint(CentroidCallback):
         self._inflated = torch.zeros((), dtype=torch.int64)  # steps in a row in which Gamma outweighed the loss
         self._has_warned = False
 
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._inflated, self._has_warned = torch.zeros((), dtype=torch.int64), False
+
     @property
     @override
     def epochs_needed_for(self) -> str | None:

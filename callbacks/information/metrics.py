@@ -194,7 +194,7 @@ class NormalizedCMI(Metric):
             rank_zero_warn(message)
         centroids = self.centroids
         entropy = -torch.special.xlogy(centroids, centroids).sum(dim=1)
-        per_class = entropy + self.neg_entropy / self.count
+        per_class = (entropy + self.neg_entropy / self.count).clamp_min(0.0)  # rounding may leave it just below
         usable = present
         if self.estimator == "bessel":
             usable = self.count > 1

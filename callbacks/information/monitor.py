@@ -152,7 +152,7 @@ class CMIMonitor(StepCallback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.pictures and 0 in self._metrics:
+        if self.pictures and 0 in self._metrics and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             with self._metrics[0].sync_context():  # of all processes
                 centroids = self._metrics[0].centroids.cpu()
             self._draw(trainer, centroids)
@@ -177,8 +177,10 @@ class CMIMonitor(StepCallback):
     def _metric_of(self, loader: int, num_classes: int) -> NormalizedCMI:
         assert self._pl_module is not None
         if loader not in self._metrics:
-            metric = NormalizedCMI(num_classes, temperature=self.temperature, validate_args=False)
-            self._metrics[loader] = metric.to(self._pl_module.device)
+            device = self._pl_module.device
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            metric = NormalizedCMI(num_classes, temperature=self.temperature, validate_args=False, accumulate=dtype)
+            self._metrics[loader] = metric.to(device)
         return self._metrics[loader]
 
     def _log(self, stage: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
@@ -209,7 +211,7 @@ class CMIMonitor(StepCallback):
             exact = {
                 f"{prefix}/{name}{suffix}": torch.tensor(value, dtype=torch.float64) for name, value in values.items()
             }
-            pl_module.log_dict(exact, sync_dist=True)
+            pl_module.log_dict(exact, sync_dist=True, add_dataloader_idx=False)
         return results[0]
 
     @rank_zero_only
