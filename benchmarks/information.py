@@ -188,9 +188,9 @@ def main() -> None:
                 runs[variant].append(json.loads(done.stdout.splitlines()[-1]))
         ours = runs[variants[0]]
         within = [run["ratio"] for run in runs.pop("every other", [])]
-        for variant in runs:
-            median = {key: statistics.median(run[key] for run in runs[variant]) for key in ours[0]}
-            ratio = statistics.median(a["cpu_ms"] / b["cpu_ms"] for a, b in zip(ours, runs[variant], strict=True))
+        for variant, theirs in runs.items():
+            median = {key: statistics.median(run[key] for run in theirs) for key in ours[0]}
+            ratio = statistics.median(a["cpu_ms"] / b["cpu_ms"] for a, b in zip(ours, theirs, strict=True))
             if within and variant == "without":
                 ratio = statistics.median(within)
             rows.append({"case": case, "variant": variant} | median | {f"{variants[0]}_over_this": ratio})

@@ -343,23 +343,26 @@ class Tap:
         Raises:
             MisconfigurationException: If there is no such submodule, or it was not called.
         """
-        named = dict(module.named_modules())
-        if self.submodule not in named:
-            raise MisconfigurationException(
-                f"{type(module).__name__} has no submodule {self.submodule!r}; it has "
-                f"{', '.join(name for name in named if name)}."
-            )
         calls: list[Call] = []
-        handles = [
-            named[self.submodule].register_forward_hook(lambda _, inputs, output: calls.append(Call(inputs, output)))
-        ]
         candidates: dict[str, tuple[int, ...]] = {}
+        named: dict[str, nn.Module] = {}
         if not self._has_fired:  # see who is called, in case this one is not
-            handles += [
-                sub.register_forward_hook(functools.partial(_note_candidate, candidates, name))
-                for name, sub in named.items()
-                if name and name != self.submodule
-            ]
+            named = dict(module.named_modules())
+            if self.submodule not in named:
+                raise MisconfigurationException(
+                    f"{type(module).__name__} has no submodule {self.submodule!r}; it has "
+                    f"{', '.join(name for name in named if name)}."
+                )
+        handles = [
+            module.get_submodule(self.submodule).register_forward_hook(
+                lambda _, inputs, output: calls.append(Call(inputs, output))
+            )
+        ]
+        handles += [
+            sub.register_forward_hook(functools.partial(_note_candidate, candidates, name))
+            for name, sub in named.items()
+            if name and name != self.submodule
+        ]
         try:
             yield calls
         except BaseException:
@@ -371,6 +374,7 @@ class Tap:
         if calls:
             self._has_fired = True
             return
+        named = named or dict(module.named_modules())
         wanted = repr(self.submodule) if self.submodule else f"{type(module).__name__}.forward"
         called = ", ".join(f"{name} {list(shape)}" for name, shape in candidates.items())
         which = f"Called with an output [batch, columns] were: {called}" if called else f"It has {', '.join(named)[2:]}"

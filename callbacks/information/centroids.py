@@ -11,6 +11,8 @@ from torch import Tensor
 
 from groundwire.callbacks.information.functional import class_counts, class_sums
 
+_FEW = 64  # classes
+
 
 class CentroidTable:
     """Centroids ``Q`` of ``C`` classes as bias-corrected exponential moving averages of batch means.
@@ -44,34 +46,44 @@ class CentroidTable:
         )  # starts at 0; its row sums are what the bias correction divides by
 
     def update(self, probs: Tensor, target: Tensor, strategy: Strategy | None = None) -> None:
-        """Take in the outputs of a batch; those that are not finite are left out.
+        """Take in the outputs of a batch.
+
+        A class with an output that is not finite stays as it is: loss scaling or the user will skip such a step, and it
+        would spoil a running mean for good.
 
         Args:
             probs: Output distributions, shape ``(n, C)``.
             target: Labels, shape ``(n,)``.
             strategy: Adds up over its processes, so that all of them hold the same table.
         """
-        if strategy is None or getattr(strategy, "world_size", 1) == 1:
-            probs, target = _finite(probs, target)
-            classes, groups = torch.unique(target, return_inverse=True)
-            counts = class_counts(groups, len(classes))
-            means = class_sums(probs.float(), groups, len(classes)) / counts[:, None]
-        else:
+        if strategy is not None and getattr(strategy, "world_size", 1) > 1:
             sums, counts = summed_over_processes(probs, target, self.num_classes, strategy)
-            classes = counts.nonzero().flatten()
-            means = (sums[classes] / counts[classes, None]).float()
-        rows = self.mu * self._mean[classes] + (1 - self.mu) * means
-        self._mean[classes] = rows
-        self.centroids[classes] = rows / rows.sum(dim=1, keepdim=True)
+            self._move(sums.float(), counts.float(), slice(None))
+        elif self.num_classes <= _FEW:  # all rows at once, rather than to look for those that are there
+            sums = class_sums(probs.float(), target, self.num_classes)
+            self._move(sums, class_counts(target, self.num_classes), slice(None))
+        else:
+            classes, groups = torch.unique(target, return_inverse=True)
+            sums = class_sums(probs.float(), groups, len(classes))
+            self._move(sums, class_counts(groups, len(classes)), classes)
+
+    def _move(self, sums: Tensor, counts: Tensor, rows: slice | Tensor) -> None:
+        """Move the given rows towards the means of those of them that were seen."""
+        weight = counts[:, None]
+        moved = self.mu * self._mean[rows] + (1 - self.mu) / weight * sums
+        total = moved.sum(dim=1, keepdim=True)
+        taken = (weight > 0) & torch.isfinite(total)
+        self.centroids[rows] = torch.where(taken, moved / total, self.centroids[rows])
+        self._mean[rows] = torch.where(taken, moved, self._mean[rows])
 
     def assign(self, sums: Tensor, counts: Tensor) -> None:
-        """Replace the centroids of the classes that were seen by exact means.
+        """Replace the centroids of the classes that were seen, with finite outputs alone, by exact means.
 
         Args:
             sums: Sum of output distributions of each class, shape ``(C, C)``.
             counts: Samples of each class, shape ``(C,)``.
         """
-        classes = counts.nonzero().flatten()
+        classes = ((counts > 0) & torch.isfinite(sums).all(dim=1)).nonzero().flatten()
         rows = sums[classes].double()
         self.centroids[classes] = (rows / rows.sum(dim=1, keepdim=True)).float()
         self._mean[classes] = self.centroids[classes]
@@ -121,7 +133,7 @@ class CentroidTable:
 
 
 def summed_over_processes(probs: Tensor, target: Tensor, num_classes: int, strategy: Strategy) -> tuple[Tensor, Tensor]:
-    """Class sums and counts over the samples of all processes, in one reduction, without outputs that are not finite.
+    """Class sums and counts over the samples of all processes, in one reduction.
 
     Args:
         probs: Output distributions of this process, shape ``(n, C)``.
@@ -132,15 +144,8 @@ def summed_over_processes(probs: Tensor, target: Tensor, num_classes: int, strat
     Returns:
         Sums ``(C, C)`` and counts ``(C,)``, float64 (float32 where the device has no float64).
     """
-    probs, target = _finite(probs, target)
     dtype = torch.float32 if probs.device.type == "mps" else torch.float64
     counted = torch.cat([probs.to(dtype), torch.ones_like(probs[:, :1], dtype=dtype)], dim=1)
     table = strategy.reduce(class_sums(counted, target, num_classes), reduce_op="sum")
     assert isinstance(table, Tensor)
     return table[:, :num_classes], table[:, num_classes]
-
-
-def _finite(probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Without the rows of a step that loss scaling or the user will skip: one would spoil a running mean for good."""
-    kept = torch.isfinite(probs).all(dim=1)
-    return (probs, target) if bool(kept.all()) else (probs[kept], target[kept])

@@ -6,7 +6,6 @@ import math
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
@@ -66,10 +65,10 @@ class CentroidCallback(ClassifierCallback):
         rows = self.table_for(log_p).centroids[target]
         return divergence_to_centroids(log_p, rows.clamp_min(self.q_min).log(), p).mean()
 
-    def keep_for_update(self, logits: Tensor, target: Tensor) -> None:
+    def keep_for_update(self, p: Tensor, target: Tensor) -> None:
         """Note this step's outputs for the update of the centroids."""
         if self.q_update != "none":
-            self.note(logits=logits, target=target)
+            self.note(probs=p, target=target)
 
     @property
     @override
@@ -84,9 +83,9 @@ class CentroidCallback(ClassifierCallback):
 
     @override
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, notes: Notes) -> None:
-        if "logits" not in notes:
+        if "probs" not in notes:
             return
-        probs, table = notes["logits"].softmax(dim=-1), self.table_for(notes["logits"])
+        probs, table = notes["probs"], self.table_for(notes["probs"])
         if self.q_update == "batch":
             table.update(probs, notes["target"], trainer.strategy)
         else:
@@ -234,13 +233,13 @@ class CMIConstraint(CentroidCallback):
         self.gamma_norm = gamma_norm
         self.gamma_cap = gamma_cap
         self.warmup_epochs = warmup_epochs
-        self._inflated = torch.zeros((), dtype=torch.int64)  # steps in a row in which Gamma outweighed the loss
+        self._inflated_since: int | None = None  # the step from which on Gamma has outweighed the loss
         self._has_warned = False
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._inflated, self._has_warned = torch.zeros((), dtype=torch.int64), False
+        self._inflated_since, self._has_warned = None, False
 
     @property
     @override
@@ -269,10 +268,11 @@ class CMIConstraint(CentroidCallback):
                 p=p,
             )
             loss = loss - beta * gamma.clamp_max(self.gamma_cap or 10 * math.log(num_classes))
-            self.note(inflated=beta * gamma > own_loss + 1)
             values["gamma_nats"] = gamma
+            if is_logging_step(self.trainer):
+                self.note(inflated=beta * gamma > own_loss + 1)
         values["cmi_nats"] = cmi
-        self.keep_for_update(logits, target)
+        self.keep_for_update(p, target)
         if is_logging_step(self.trainer):
             self.log_terms(values)
             self.log_terms({"max_logit": logits.detach().abs().amax()}, reduce_fx="max")
@@ -282,8 +282,11 @@ class CMIConstraint(CentroidCallback):
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, notes: Notes) -> None:
         super().after_step(trainer, pl_module, notes)
         if "inflated" in notes and not self._has_warned:
-            self._inflated = (self._inflated.to(notes["inflated"].device) + 1) * notes["inflated"].all()
-            if is_logging_step(trainer) and int(self._inflated) >= 100:
+            if not bool(notes["inflated"].all()):
+                self._inflated_since = None
+            elif self._inflated_since is None:
+                self._inflated_since = trainer.global_step
+            elif trainer.global_step - self._inflated_since >= 100:
                 self._has_warned = True
                 rank_zero_warn(
                     "beta * Gamma has been larger than the module's loss + 1 for 100 steps: the logits are being "

@@ -136,8 +136,9 @@ class MaximumCMI(CentroidCallback):
     @override
     def total_loss(self, own_loss: Tensor, logits: Tensor, target: Tensor, inputs: Any) -> Tensor:
         log_p = log_probs(logits)
-        cmi = self.divergence(log_p, target)
-        self.keep_for_update(logits, target)
+        p = log_p.exp()
+        cmi = self.divergence(log_p, target, p)
+        self.keep_for_update(p, target)
         self.note(correct=log_p.argmax(dim=1) == target)
         if is_logging_step(self.trainer):
             self.log_terms({"cmi_nats": cmi, "lam": self.lam})

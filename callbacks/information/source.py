@@ -153,7 +153,7 @@ class LogitsSource:
             logits: What the module gave.
             target: What the batch holds.
             soft: Whether distributions ``(n, C)`` are welcome as labels.
-            check: Whether to look at the values; where that waits for an accelerator, it is done once.
+            check: Whether to look at the values of the first batch.
 
         Returns:
             The pair.
@@ -165,12 +165,8 @@ class LogitsSource:
         logits, target = as_rows(logits, target, from_probs=self.from_probs, binary=self.binary, flatten=self.flatten)
         if not (soft and target.shape == logits.shape):
             check_logits(logits, target)
-        if (
-            check
-            and not values_are_hidden(logits, target)
-            and (logits.device.type == "cpu" or not self._looked_at_values)
-        ):
-            check_values(logits, target, warn=not (self._looked_at_values or self.from_probs))
+        if check and not self._looked_at_values and not values_are_hidden(logits, target):
+            check_values(logits, target, warn=not self.from_probs)
             self._looked_at_values = True
         return logits, target
 
@@ -290,7 +286,7 @@ class ClassifierCallback(StepCallback):
             logits, target = self._prepared(self.source.logits(calls), labels)
             inputs = self.source.inputs(calls, batch_inputs)
             loss = self.total_loss(own_loss, logits, target, inputs)
-        self._refuse_nonfinite(loss, own_loss)
+            self._refuse_nonfinite(loss, logits, target)
         return with_loss(output, loss)
 
     def _prepared(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -317,14 +313,20 @@ class ClassifierCallback(StepCallback):
         for name, value in values.items():
             self._pl_module.log(f"{self.name}/{name}", value, on_step=True, on_epoch=False, reduce_fx=reduce_fx)
 
-    def _refuse_nonfinite(self, loss: Tensor, own_loss: Tensor) -> None:
-        if values_are_hidden(loss) or self._strategy_checks_updates:
+    def _refuse_nonfinite(self, loss: Tensor, logits: Tensor, target: Tensor) -> None:
+        if values_are_hidden(loss) or self._strategy_checks_updates or bool(torch.isfinite(loss)):
             return
-        if not bool(torch.isfinite(loss)) and bool(torch.isfinite(own_loss)):
-            raise RuntimeError(
-                f"{type(self).__name__} made a finite loss non-finite at step {self.trainer.global_step}: the logits are "
-                "beyond what it can handle. The weights were not changed. Lower its weight or the learning rate."
-            )
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return  # loss scaling skips such a step
+        where = f"{type(self).__name__}, step {self.trainer.global_step}"
+        try:
+            check_values(logits, target, warn=False)
+        except RuntimeError as error:
+            raise RuntimeError(f"{where}: {error} The weights were not changed.") from error
+        raise RuntimeError(
+            f"{where}: the loss is not finite, although the logits are: they are beyond what the term can handle, or the "
+            "module's own loss is not finite. The weights were not changed. Lower the term's weight or the learning rate."
+        )
 
 
 def has_no_end(trainer: pl.Trainer) -> bool:
