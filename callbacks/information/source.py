@@ -96,10 +96,8 @@ class LogitsSource:
             MisconfigurationException: If there were too few calls, or the output holds no logits.
         """
         output = self._chosen(calls).output
-        if isinstance(output, Mapping):
-            output = output.get("logits", output)
-        found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-        if not isinstance(found, Tensor):
+        found = logits_in(output)
+        if found is None:
             raise MisconfigurationException(
                 f"The output of {self.submodule or 'forward'!r} is a {type(output).__name__} without `logits`. Name the "
                 "submodule that gives the logits, e.g. LogitsSource('model.head')."
@@ -327,6 +325,14 @@ class ClassifierCallback(StepCallback):
             f"{where}: the loss is not finite, although the logits are: they are beyond what the term can handle, or the "
             "module's own loss is not finite. The weights were not changed. Lower the term's weight or the learning rate."
         )
+
+
+def logits_in(output: Any) -> Tensor | None:
+    """The logits in what a network gives: a tensor, or the entry or attribute ``logits``; None if there are none."""
+    if isinstance(output, Mapping):
+        output = output.get("logits")
+    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    return found if isinstance(found, Tensor) else None
 
 
 def has_no_end(trainer: pl.Trainer) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from groundwire.callbacks.information.source import logits_in
 from groundwire.callbacks.weights import find_checkpoint, load_weights
 
 
@@ -101,10 +102,8 @@ class Teacher:
         if (dtype := _floating_dtype(self.module)) is not None:  # the student's Trainer may work in another precision
             inputs = apply_to_collection(inputs, Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x)
         output = self.module(inputs)
-        if isinstance(output, Mapping):
-            output = output.get("logits", output)
-        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-        if not isinstance(logits, Tensor):
+        logits = logits_in(output)
+        if logits is None:
             raise MisconfigurationException(
                 f"The teacher's forward gives a {type(output).__name__} without `logits`: wrap it in a module that gives "
                 "logits."
