@@ -59,7 +59,7 @@ def cmi_over_temperatures(
     else:
         groups, size = batch_groups(target, logits.shape[-1])
         num_temperatures, batch, num_classes = log_p.shape
-        # one product for all temperatures: their columns stand beside each other
+        # one pass for all temperatures: their columns stand beside each other
         side_by_side = log_p.detach().exp().permute(1, 0, 2).reshape(batch, num_temperatures * num_classes)
         rows = class_centroids(side_by_side, groups, size)[groups]
         rows = rows.reshape(batch, num_temperatures, num_classes).permute(1, 0, 2)

@@ -83,7 +83,8 @@ class MaximumCMI(CentroidCallback):
             )
         if lam > 1 and not allow_large_lambda:
             raise ValueError(
-                f"lam={lam} pulls outputs apart whatever the label says: use at most 1 (0.1 to 0.25 is usual), or pass allow_large_lambda=True."
+                f"lam={lam} pulls outputs apart whatever the label says: use at most 1 (0.1 to 0.25 is usual), or "
+                "pass allow_large_lambda=True."
             )
         if q_pass_mode not in ("eval", "train"):
             raise ValueError(f"`q_pass_mode` must be 'eval' or 'train', got {q_pass_mode!r}.")

@@ -26,7 +26,8 @@ class CMIMonitor(StepCallback):
     """Logs CMI, Gamma, NCMI and accuracy on the validation and test data, and draws how they evolve.
 
     Logs ``val/cmi_nats``, ``val/gamma_nats``, ``val/ncmi`` and ``val/top1``, the same under ``test/``, and there also
-    ``test/recall_<c>`` and ``test/cmi_nats_<c>`` of each class ``c`` (up to 100 classes). At the end of the fit, pictures go to ``<dirpath>`` and to every logger that takes images (W&B, TensorBoard): the path of CMI against
+    ``test/recall_<c>`` and ``test/cmi_nats_<c>`` of each class ``c`` (up to 100 classes). At the end of the fit, pictures
+    go to ``<dirpath>`` and to every logger that takes images (W&B, TensorBoard): the path of CMI against
     Gamma over the epochs, the class centroids as a heat map, and the outputs on the simplex. The path is part of the
     checkpoint: a resumed run draws the whole of it. Of several loaders each is logged, under Lightning's
     ``/dataloader_idx_<k>``, and the first is drawn. A callback outside of it that runs the step several times is counted

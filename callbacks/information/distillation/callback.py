@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from groundwire.callbacks.information.distillation.methods import KD, DistillationMethod
 from groundwire.callbacks.information.distillation.teacher import Teacher
-from groundwire.callbacks.information.source import ClassifierCallback, LogitsSource, epochs_done
+from groundwire.callbacks.information.source import ClassifierCallback, LogitsSource, check_values, epochs_done
 from groundwire.callbacks.step import is_logging_step
 from groundwire.plugins.edge import DeviceBatch
 
@@ -115,7 +115,8 @@ class Distillation(ClassifierCallback):
             with trainer.precision_plugin.forward_context():
                 logits = self.teacher(inputs)
             try:
-                logits, target = self.source.prepare(logits, labels)
+                logits, target = self.source.prepare(logits, labels, check=False)  # the check is the student's
+                check_values(logits, target, warn=False)
             except ValueError as error:
                 raise MisconfigurationException(f"The teacher does not fit the data: {error}") from error
             correct = logits.argmax(dim=1) == target
@@ -126,14 +127,15 @@ class Distillation(ClassifierCallback):
             raise MisconfigurationException(
                 f"The teacher is right on {right} of the first {samples} training samples, which is no better than "
                 f"chance for {num_classes} classes. Has it learned the same classes, and is its input normalised like the "
-                "student's? If not, pass `teacher_inputs`. Is it trained? Pass `checkpoint`. To go on all the same, check_teacher=False."
+                "student's? If not, pass `teacher_inputs`. Is it trained? Pass `checkpoint`. To go on all the same, "
+                "check_teacher=False."
             )
 
     @override
     def total_loss(self, own_loss: Tensor, logits: Tensor, target: Tensor, inputs: Any) -> Tensor:
         with self.trainer.precision_plugin.forward_context():
             raw = self.teacher(inputs)
-        teacher, _ = self.source.prepare(raw, target)
+        teacher, _ = self.source.prepare(raw, target, check=False)
         if teacher.shape[-1] != logits.shape[-1]:
             raise MisconfigurationException(
                 f"The teacher has {teacher.shape[-1]} classes and the student {logits.shape[-1]}: distillation compares "

@@ -433,3 +433,12 @@ def test_the_teacher_sees_what_the_step_made_of_the_batch() -> None:
         steps=1,
     )
     assert torch.equal(sees.inputs[-1], first), "of another submodule, inputs are features: the batch's are taken"
+
+
+def test_trying_the_teacher_does_not_take_the_place_of_the_students_check() -> None:
+    class Probabilities(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).softmax(1)
+
+    with pytest.warns(UserWarning, match="look like probabilities"):
+        fit("auto", Probabilities(mlp()), callbacks=[Distillation(teacher(), check_teacher=False)], steps=1)
