@@ -1,5 +1,7 @@
 """What surrounds a training step."""
 
+from groundwire.callbacks.classifier import ClassifierCallback
+from groundwire.callbacks.logits import LogitsSource
 from groundwire.callbacks.step import Call, StepCallback, Tap
 
-__all__ = ["Call", "StepCallback", "Tap"]
+__all__ = ["Call", "ClassifierCallback", "LogitsSource", "StepCallback", "Tap"]

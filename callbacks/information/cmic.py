@@ -10,9 +10,10 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from groundwire.callbacks.classifier import ClassifierCallback, epochs_done
 from groundwire.callbacks.information.centroids import CentroidTable, summed_over_processes
 from groundwire.callbacks.information.functional import Q_MIN, divergence_to_centroids, log_probs, separation_of
-from groundwire.callbacks.information.source import ClassifierCallback, LogitsSource, epochs_done
+from groundwire.callbacks.logits import LogitsSource
 from groundwire.callbacks.step import Notes, is_logging_step
 
 QUpdate = Literal["batch", "epoch", "none"]

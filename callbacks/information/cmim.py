@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
+from groundwire.callbacks.classifier import ClassifierCallback
 from groundwire.callbacks.information.centroids import CentroidTable
 from groundwire.callbacks.information.functional import (
     Q_MIN,
@@ -20,7 +21,7 @@ from groundwire.callbacks.information.functional import (
     divergence_to_centroids,
     log_probs,
 )
-from groundwire.callbacks.information.source import ClassifierCallback, LogitsSource
+from groundwire.callbacks.logits import LogitsSource
 from groundwire.callbacks.step import Notes, is_logging_step
 
 Aggregate = Literal["mean", "max", "smoothmax"]

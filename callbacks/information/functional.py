@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from groundwire.callbacks.checks import check_logits, values_are_hidden
+
 Q_MIN = 1e-12
 """Centroid entries are clamped here before their logarithm: they can underflow where ``p`` does."""
 
@@ -309,24 +311,3 @@ def brier_score(logits: Tensor, target: Tensor, reduction: Literal["sum_classes"
         wanted = (target[:, None] == torch.arange(num_classes, device=target.device)).to(p.dtype)
     per_sample = (p - wanted).square().sum(dim=-1).mean()
     return per_sample if reduction == "sum_classes" else per_sample / logits.shape[-1]
-
-
-def values_are_hidden(*tensors: Tensor) -> bool:
-    """Whether a function transform (``vmap``, ``grad``) is at work, so that no branch may look at the values."""
-    return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
-
-
-def check_logits(logits: Tensor, target: Tensor) -> int:
-    """Refuse what cannot be logits with hard labels, as far as shapes and dtypes tell; the number of classes."""
-    if logits.ndim != 2 or not logits.is_floating_point():
-        raise ValueError(f"expected logits [batch, classes], got shape {tuple(logits.shape)} dtype {logits.dtype}.")
-    if logits.shape[1] < 2:
-        raise ValueError(
-            "CMI needs at least 2 classes; for one-logit binary heads pass binary=True (then [-z/2, z/2] is used)."
-        )
-    if target.is_floating_point() or target.shape != logits.shape[:1]:
-        raise ValueError(
-            f"expected class indices [{len(logits)}], got shape {tuple(target.shape)} dtype {target.dtype}; mixup or "
-            "soft labels are not supported by CMI."
-        )
-    return logits.shape[1]

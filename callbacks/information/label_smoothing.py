@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
+from groundwire.callbacks.classifier import ClassifierCallback
 from groundwire.callbacks.information.functional import log_probs
-from groundwire.callbacks.information.source import ClassifierCallback, LogitsSource
+from groundwire.callbacks.logits import LogitsSource
 from groundwire.callbacks.step import is_logging_step
 
 

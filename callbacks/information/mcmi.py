@@ -16,10 +16,11 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
+from groundwire.callbacks.classifier import has_no_end
 from groundwire.callbacks.information.centroids import CentroidTable, summed_over_processes
 from groundwire.callbacks.information.cmic import CentroidCallback, QUpdate
 from groundwire.callbacks.information.functional import log_probs
-from groundwire.callbacks.information.source import LogitsSource, has_no_end
+from groundwire.callbacks.logits import LogitsSource
 from groundwire.callbacks.step import Notes, is_logging_step
 from groundwire.callbacks.weights import load_weights
 from groundwire.plugins.edge import DeviceBatch

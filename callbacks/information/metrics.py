@@ -10,13 +10,9 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
-from groundwire.callbacks.information.functional import (
-    Q_MIN,
-    Separation,
-    check_logits,
-    log_probs,
-)
-from groundwire.callbacks.information.source import as_rows, check_values
+from groundwire.callbacks.checks import check_logits
+from groundwire.callbacks.information.functional import Q_MIN, Separation, log_probs
+from groundwire.callbacks.logits import as_rows, check_values
 
 _CHUNK = 1 << 16  # numbers worked on at a time on a CPU: what comes between stays in the cache
 _LARGE = 4096  # classes from which a matrix of C x C float64 is worth a question

@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from typing_extensions import override
 
+from groundwire.callbacks.classifier import epochs_done
 from groundwire.callbacks.information.functional import log_probs
 from groundwire.callbacks.information.metrics import NormalizedCMI
 from groundwire.callbacks.information.plots import plot_centroids, plot_cmi_evolution, plot_simplex
-from groundwire.callbacks.information.source import LogitsSource, epochs_done
+from groundwire.callbacks.logits import LogitsSource
 from groundwire.callbacks.step import Step, StepCallback
 
 _LISTED = 100  # classes up to which each is logged

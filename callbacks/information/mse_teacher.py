@@ -7,8 +7,9 @@ from typing import Any, Literal
 from torch import Tensor
 from typing_extensions import override
 
+from groundwire.callbacks.classifier import ClassifierCallback, epochs_done
 from groundwire.callbacks.information.functional import brier_score
-from groundwire.callbacks.information.source import ClassifierCallback, LogitsSource, epochs_done
+from groundwire.callbacks.logits import LogitsSource
 from groundwire.callbacks.step import is_logging_step
 
 

@@ -13,10 +13,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
+from groundwire.callbacks.classifier import ClassifierCallback, epochs_done
 from groundwire.callbacks.information.distillation.methods import KD, DistillationMethod
-from groundwire.callbacks.information.distillation.teacher import Teacher
-from groundwire.callbacks.information.source import ClassifierCallback, LogitsSource, check_values, epochs_done
+from groundwire.callbacks.logits import LogitsSource, check_values
 from groundwire.callbacks.step import is_logging_step
+from groundwire.callbacks.teacher import Teacher
 from groundwire.plugins.edge import DeviceBatch
 
 

@@ -493,7 +493,7 @@ def test_bad_shapes_are_refused(function: Any, logits: Tensor, target: Tensor, m
 def test_cmi_refuses_soft_labels_and_brier_ill_shaped_ones() -> None:
     logits = torch.zeros(2, 3)
     for function in (conditional_mutual_information, separation, normalized_cmi):
-        with pytest.raises(ValueError, match="soft labels are not supported by CMI"):
+        with pytest.raises(ValueError, match="soft labels are not supported here"):
             function(logits, torch.full((2, 3), 1 / 3))
     with pytest.raises(ValueError, match=r"Soft labels must have the logits' shape \(2, 3\), got \(2, 4\)"):
         brier_score(logits, torch.full((2, 4), 0.25))

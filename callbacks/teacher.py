@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from groundwire.callbacks.information.source import logits_in
+from groundwire.callbacks.logits import logits_in
 from groundwire.callbacks.weights import find_checkpoint, load_weights
 
 
