@@ -11,6 +11,11 @@ def values_are_hidden(*tensors: Tensor) -> bool:
     return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
 
 
+def transform_is_active() -> bool:
+    """Whether this code runs inside of a function transform (``vmap``, ``grad``), whatever its tensors are."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def check_logits(logits: Tensor, target: Tensor) -> int:
     """Refuse what cannot be logits with hard labels, as far as shapes and dtypes tell; the number of classes."""
     if logits.ndim != 2 or not logits.is_floating_point():

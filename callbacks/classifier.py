@@ -159,12 +159,16 @@ class ClassifierCallback(StepCallback):
         for name, value in values.items():
             self._pl_module.log(f"{self.name}/{name}", value, on_step=True, on_epoch=False, reduce_fx=reduce_fx)
 
-    def _refuse_nonfinite(self, loss: Tensor, logits: Tensor, target: Tensor) -> None:
+    def _refuse_nonfinite(self, loss: Tensor, logits: Tensor | None = None, target: Tensor | None = None) -> None:
         if values_are_hidden(loss) or self._strategy_checks_updates or bool(torch.isfinite(loss)):
             return
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return  # loss scaling skips such a step
         where = f"{type(self).__name__}, step {self.trainer.global_step}"
+        if logits is None or target is None:
+            raise RuntimeError(
+                f"{where}: the loss is not finite. The weights were not changed. Lower the learning rate."
+            )
         try:
             check_values(logits, target, warn=False)
         except RuntimeError as error:

@@ -142,6 +142,23 @@ class LogitsSource:
             )
         return inputs, labels
 
+    def as_logits(self, outputs: Tensor) -> Tensor:
+        """Logits ``(n, C)`` from the network's outputs alone: of probabilities or of one logit, as the options say.
+
+        Args:
+            outputs: What the module gave.
+
+        Returns:
+            Logits.
+
+        Raises:
+            ValueError: If the shape calls for an option that was not given, or is that of a segmentation.
+        """
+        if not (self.from_probs or self.binary):
+            return outputs
+        none = torch.zeros(len(outputs), dtype=torch.int64, device=outputs.device)
+        return as_rows(outputs, none, from_probs=self.from_probs, binary=self.binary)[0]
+
     def prepare(self, logits: Tensor, target: Tensor, soft: bool = False, check: bool = True) -> tuple[Tensor, Tensor]:
         """Logits ``(n, C)`` in float32 or wider, and labels ``(n,)``, from what module and batch hold.
 

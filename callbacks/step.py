@@ -307,6 +307,22 @@ class Call:
     output: Any
 
 
+_unseen: list[None] = []  # not empty while taps look away
+
+
+@contextmanager
+def unseen_by_taps() -> Iterator[None]:
+    """Run a module's forward for a callback's own purposes: no :class:`Tap` records it.
+
+    So callbacks further out read what the step itself computes. Other forward hooks run.
+    """
+    _unseen.append(None)
+    try:
+        yield
+    finally:
+        _unseen.pop()
+
+
 class Tap:
     """Reads what a submodule produces during a step, without touching the module's code.
 
@@ -355,7 +371,7 @@ class Tap:
                 )
         handles = [
             module.get_submodule(self.submodule).register_forward_hook(
-                lambda _, inputs, output: calls.append(Call(inputs, output))
+                lambda _, inputs, output: None if _unseen else calls.append(Call(inputs, output))
             )
         ]
         handles += [

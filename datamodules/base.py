@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
@@ -14,16 +13,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from groundwire.plugins.random import stream
+from groundwire.plugins.random import root_seed, stream
 
 Batch = TypeVar("Batch")
 Split = tuple[Tensor, Tensor]
 """Inputs ``(n, ...)``, float32, and labels ``(n,)``, int64."""
-
-
-def root_seed(seed: int | None) -> int:
-    """``seed``, or by default that of ``seed_everything``, else 0."""
-    return int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
 
 
 class ResumableLoader(ABC, Generic[Batch]):

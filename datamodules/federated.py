@@ -22,12 +22,12 @@ from torch.utils.data import (
 )
 from typing_extensions import override
 
-from groundwire.datamodules.base import ResumableDataModule, ResumableLoader, Split, root_seed
+from groundwire.datamodules.base import ResumableDataModule, ResumableLoader, Split
 from groundwire.datamodules.buffers import Buffers
 from groundwire.datamodules.partition import Partition, by_label, dirichlet, iid, shards
 from groundwire.datamodules.plots import plot_partition
 from groundwire.plugins.edge import DeviceBatch
-from groundwire.plugins.random import stream
+from groundwire.plugins.random import root_seed, stream
 
 
 class RoundLoader(ResumableLoader[DeviceBatch]):

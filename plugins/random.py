@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,11 @@ import torch
 from torch import Tensor
 
 _SHARED = -1  # device id of a draw that all devices and the server make alike
+
+
+def root_seed(seed: int | None) -> int:
+    """``seed``, or by default that of ``seed_everything``, else 0."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
 
 
 def stream(

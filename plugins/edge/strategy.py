@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +29,7 @@ from groundwire.plugins.edge.scheduler import AllDevices, Scheduler
 from groundwire.plugins.edge.updates import DeviceUpdates, DeviceWorker
 from groundwire.plugins.edge.uplinks.base import Uplink
 from groundwire.plugins.edge.uplinks.error_free import ErrorFree
-from groundwire.plugins.random import Key
+from groundwire.plugins.random import Key, root_seed
 
 _CHECKPOINT_KEY = "groundwire.edge"
 
@@ -182,7 +181,7 @@ class EdgeStrategy(SingleDeviceStrategy):
         assert module is not None
         self._refuse_what_does_not_fit(trainer, module)
         self.layout = ParameterLayout.of(module)
-        self._root_seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
+        self._root_seed = root_seed(self.seed)
         if to_restore is not None and self.seed is None:
             self._root_seed = to_restore["seed"]
         self.uplink.setup(numel=self.layout.numel, num_devices=self.num_devices, seed=self._root_seed)

@@ -1,0 +1,190 @@
+"""Adversarial training: the module's own step, on adversarial inputs."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.apply_func import apply_to_collection
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from groundwire.callbacks.adversarial.attacks import PGD, Attack
+from groundwire.callbacks.adversarial.attacks.base import untouched
+from groundwire.callbacks.adversarial.callback import AdversarialCallback
+from groundwire.callbacks.adversarial.threat import ThreatModel
+from groundwire.callbacks.logits import LogitsSource
+from groundwire.callbacks.step import Step, loss_of
+from groundwire.plugins.edge import DeviceBatch
+
+_GUARD_ATTACK = PGD(num_steps=5, track="last")
+
+
+class AdversarialTraining(AdversarialCallback):
+    """Hands the module's own ``training_step`` adversarial inputs instead of the batch's.
+
+    With the default attack it is PGD-AT and costs ``num_steps + 1`` forward and backward passes a step; with
+    ``attack=RandomFGSM()`` it is fast adversarial training and costs two. What single-step attacks can end in, a sudden
+    loss of all robustness to stronger ones (catastrophic overfitting), ``overfit_guard`` looks out for: after every epoch
+    the accuracy of one fixed batch under PGD-5, logged as ``<name>/guard_acc``.
+
+    Augmentation in the data pipeline comes before the attack, augmentation inside of ``training_step`` after it.
+
+    Args:
+        threat: What the attacker may do.
+        attack: How inputs are found; by default ``PGD(num_steps=10, track="last")``.
+        mix: Share of the batch that is attacked, in (0, 1].
+        overfit_guard: By how much the guard's accuracy may fall from one epoch to the next, in (0, 1]; None for no guard.
+        on_overfit: ``"stop"`` goes back to the weights of the epoch before and ends the fit, ``"restore"`` goes back and
+            goes on, ``"warn"`` only says it.
+        warmup_epochs: Epochs in which the radius grows from 0.
+        source: Where labels are found, and logits for the attack.
+        seed: Of random starts; by default that of ``seed_everything``.
+        name: Under which it logs and keeps its state.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MisconfigurationException: At setup, beside another callback that replaces the input.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> callback = AdversarialTraining(ThreatModel(eps=8 / 255), PGD(num_steps=7, track="last"))
+        >>> trainer = Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
+
+    Reference:
+        Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018. arXiv:1706.06083
+        Wong, Rice, Kolter, "Fast is better than free: Revisiting adversarial training", ICLR 2020. arXiv:2001.03994
+    """
+
+    accepts_soft_labels = True
+    replaces_inputs = True
+
+    def __init__(
+        self,
+        threat: ThreatModel,
+        attack: Attack | None = None,
+        mix: float = 1.0,
+        overfit_guard: float | None = None,
+        on_overfit: Literal["stop", "restore", "warn"] = "stop",
+        warmup_epochs: float = 0.0,
+        source: LogitsSource | None = None,
+        seed: int | None = None,
+        name: str = "adversarial_training",
+    ) -> None:
+        super().__init__(threat, warmup_epochs, source, seed, name)
+        if not 0 < mix <= 1:
+            raise ValueError(f"`mix` must be in (0, 1], got {mix}: leave the callback out to attack nothing.")
+        if overfit_guard is not None and not 0 < overfit_guard <= 1:
+            raise ValueError(f"`overfit_guard` must be in (0, 1], or None for no guard, got {overfit_guard}.")
+        if on_overfit not in ("stop", "restore", "warn"):
+            raise ValueError(f"`on_overfit` must be 'stop', 'restore' or 'warn', got {on_overfit!r}.")
+        self.attack = attack or PGD(num_steps=10, track="last")
+        self.mix = mix
+        self.overfit_guard = overfit_guard
+        self.on_overfit = on_overfit
+        self._guard: dict[
+            str, Any
+        ] = {}  # inputs and target of the guard's batch; accuracy and weights of the last epoch
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.global_step == 0:
+            self._guard = {}
+
+    @override
+    def around_step(self, step: Step, batch: Any) -> Any:
+        inputs, labels = self.source.inputs_and_labels(batch)
+        self._need_tensor(inputs)
+        attacked = max(1, round(self.mix * len(inputs)))
+        found = self.run_attack(self.attack, inputs[:attacked], _as_target(labels)[:attacked])
+        if attacked < len(inputs):
+            found = torch.cat([found, inputs[attacked:]])
+        output = step(_with_inputs(batch, inputs, found))
+        if output is not None:
+            self._refuse_nonfinite(loss_of(output))
+        return output
+
+    # ---------------------------------------------------------------- the guard
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self.overfit_guard is not None and not self._guard:
+            inputs, labels = self.source.inputs_and_labels(batch.row(0) if isinstance(batch, DeviceBatch) else batch)
+            self._guard = {"inputs": inputs.detach().clone(), "target": _as_target(labels).clone()}
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.overfit_guard is None or not self._guard:
+            return
+        accuracy = self._guard_accuracy(trainer, pl_module)
+        pl_module.log(f"{self.name}/guard_acc", accuracy)
+        before = self._guard.get("accuracy")
+        if before is not None and before - accuracy > self.overfit_guard:
+            self._on_overfit(trainer, pl_module, before, accuracy)
+            return
+        weights = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
+        self._guard |= {"accuracy": accuracy, "weights": weights}
+
+    def _guard_accuracy(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
+        x, target = self._guard["inputs"].to(pl_module.device), self._guard["target"].to(pl_module.device)
+        found = _GUARD_ATTACK(pl_module, x, target, self.threat, logits_of=self.logits_of, generator=self._generator)
+        with untouched(pl_module, "eval", x.device), torch.no_grad():
+            predicted = self.logits_of(found).argmax(dim=1)
+        classes = target.argmax(dim=1) if target.is_floating_point() else target
+        return float(trainer.strategy.reduce((predicted == classes).float().mean(), reduce_op="mean"))
+
+    def _on_overfit(self, trainer: pl.Trainer, pl_module: pl.LightningModule, before: float, accuracy: float) -> None:
+        what = (
+            f"{type(self).__name__}: catastrophic overfitting, the accuracy under PGD-5 fell from {before:.3f} to "
+            f"{accuracy:.3f} in one epoch (overfit_guard={self.overfit_guard})."
+        )
+        if self.on_overfit == "warn":
+            rank_zero_warn(what)
+            self._guard["accuracy"] = accuracy
+            return
+        pl_module.load_state_dict(self._guard["weights"])
+        rank_zero_warn(f"{what} The weights are those of the epoch before again.")
+        if self.on_overfit == "stop":
+            trainer.should_stop = True
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"guard": dict(self._guard)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._guard = dict(state_dict["guard"])
+
+
+def _as_target(labels: Tensor) -> Tensor:
+    """Class indices ``(B,)``, or distributions ``(B, C)``, as they are."""
+    if labels.is_floating_point() and labels.ndim > 1 and labels.shape[-1] > 1:
+        return labels
+    return labels.reshape(-1).long()
+
+
+def _with_inputs(batch: Any, inputs: Tensor, replacement: Tensor) -> Any:
+    """The batch with ``replacement`` where it holds ``inputs``; the batch itself is not changed."""
+    places = 0
+
+    def put(leaf: Tensor) -> Tensor:
+        nonlocal places
+        if leaf is not inputs:
+            return leaf
+        places += 1
+        return replacement
+
+    replaced = apply_to_collection(batch, Tensor, put)
+    if not places:
+        raise MisconfigurationException(
+            "The inputs that `source` gives are not a tensor of the batch itself, so they cannot be replaced in it. Let "
+            "LogitsSource(unpack=...) pick them from the batch unchanged, and transform them before or inside the step."
+        )
+    return replaced

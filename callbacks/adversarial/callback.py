@@ -1,0 +1,206 @@
+"""What the training callbacks of this family share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from typing_extensions import override
+
+from groundwire.callbacks.adversarial.attacks import PGD, Attack
+from groundwire.callbacks.adversarial.threat import ThreatModel
+from groundwire.callbacks.classifier import ClassifierCallback, epochs_done
+from groundwire.callbacks.logits import LogitsSource, logits_in
+from groundwire.callbacks.step import unseen_by_taps
+from groundwire.plugins.edge import DeviceBatch
+from groundwire.plugins.random import root_seed, stream
+
+
+class AdversarialCallback(ClassifierCallback):
+    """A callback that attacks the network that it trains.
+
+    Random starts depend on the seed, the batch's number and the process alone: switching the callback on does not move
+    the module's own random stream, and a resumed run draws what an uninterrupted one does.
+
+    Args:
+        threat: What the attacker may do.
+        warmup_epochs: Epochs in which the radius grows linearly from 0; may be a fraction.
+        source: Where logits and labels are found.
+        seed: Of random starts; by default that of ``seed_everything``, else 0.
+        name: Under which it logs and keeps its state.
+
+    Raises:
+        ValueError: If ``warmup_epochs`` is negative.
+        MisconfigurationException: At setup, under a strategy that shards the module.
+    """
+
+    replaces_inputs = False
+    """Whether the module's own step sees adversarial inputs instead of the batch's."""
+
+    def __init__(
+        self, threat: ThreatModel, warmup_epochs: float, source: LogitsSource | None, seed: int | None, name: str
+    ) -> None:
+        super().__init__(source, name)
+        if not warmup_epochs >= 0:
+            raise ValueError(f"`warmup_epochs` must be at least 0, got {warmup_epochs}.")
+        self.threat = threat
+        self.warmup_epochs = warmup_epochs
+        self.seed = seed
+        self._generator: torch.Generator | None = None
+        self._checked = False
+
+    @property
+    @override
+    def epochs_needed_for(self) -> str | None:
+        return f"warmup_epochs={self.warmup_epochs}" if self.warmup_epochs else None
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+                raise MisconfigurationException(
+                    f"{type(self).__name__} runs the module's forward many times a step, but "
+                    f"{type(trainer.strategy).__name__} shards its parameters between the calls that it knows. Use 'ddp'."
+                )
+            if self.replaces_inputs:
+                self._refuse_another_replacement(trainer)
+            self._checked = False
+        super().setup(trainer, pl_module, stage)
+
+    def _refuse_another_replacement(self, trainer: pl.Trainer) -> None:
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        others = [c for c in callbacks if isinstance(c, AdversarialCallback) and c.replaces_inputs and c is not self]
+        if others:
+            raise MisconfigurationException(
+                f"{type(self).__name__} and {type(others[0]).__name__} ({others[0].name!r}) both replace the module's "
+                "input: one would attack what the other made, outside the ball around the data. Keep one of them."
+            )
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._generator = stream(
+            root_seed(self.seed),
+            purpose=f"adversarial/{self.name}",
+            round=trainer.fit_loop.total_batch_idx,
+            device_id=trainer.global_rank,
+            on=pl_module.device,
+        )
+        if isinstance(batch, DeviceBatch) and not self._checked:  # inside the step values may be hidden
+            inputs, _ = self.source.inputs_and_labels(batch.data)
+            self._need_tensor(inputs)
+            self.threat.check(inputs.flatten(0, 1))
+        self._checked = True
+
+    def ramp(self) -> float:
+        """Share of the radius that this step has reached, in (0, 1]."""
+        if not self.warmup_epochs:
+            return 1.0
+        steps = self.trainer.num_training_batches
+        here = epochs_done(self.trainer) + (1 / steps if 0 < steps < float("inf") else 1)
+        return min(1.0, here / self.warmup_epochs)
+
+    def current_threat(self) -> ThreatModel:
+        """What the attacker may do in this step."""
+        ramp = self.ramp()
+        return self.threat if ramp == 1 else self.threat.scaled(ramp)
+
+    def run_attack(self, attack: Attack, inputs: Any, target: Tensor) -> Tensor:
+        """Adversarial inputs for the network as it is.
+
+        Args:
+            attack: How they are found.
+            inputs: Network inputs ``(B, ...)``.
+            target: Labels ``(B,)``.
+
+        Returns:
+            Like ``inputs``, without a graph.
+        """
+        self._need_tensor(inputs)
+        threat, generator = self.current_threat(), self._generator
+        return attack(self._module, inputs, target, threat, logits_of=self.logits_of, generator=generator)
+
+    def run_search(self, attack: PGD, inputs: Any, target: Tensor) -> Tensor:
+        """All particles of a search, shape ``(N, B, ...)``; the rest as for :meth:`run_attack`."""
+        self._need_tensor(inputs)
+        threat, generator = self.current_threat(), self._generator
+        return attack.particles(self._module, inputs, target, threat, logits_of=self.logits_of, generator=generator)
+
+    def particle_logits(self, particles: Tensor) -> Tensor:
+        """:meth:`logits_at` of particles ``(N, B, ...)``, in one batch: shape ``(N, B, C)``."""
+        logits = self.logits_at(particles.flatten(0, 1))
+        return logits.reshape(*particles.shape[:2], logits.shape[-1])
+
+    def logits_at(self, inputs: Tensor) -> Tensor:
+        """The network's logits at other inputs, as in the step: same mode and precision, with their graph.
+
+        Args:
+            inputs: Network inputs ``(n, ...)``.
+
+        Returns:
+            Shape ``(n, C)``, float32 or wider.
+        """
+        with unseen_by_taps(), self.trainer.precision_plugin.forward_context():
+            logits = self.logits_of(inputs)
+        return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+
+    def logits_of(self, inputs: Tensor) -> Tensor:
+        """From network inputs to logits: the module's forward, or the submodule that ``source`` names."""
+        return network_logits(self._module, self.source, inputs)
+
+    @property
+    def _module(self) -> pl.LightningModule:
+        assert self._pl_module is not None
+        return self._pl_module
+
+    def _need_tensor(self, inputs: Any) -> None:
+        if not isinstance(inputs, Tensor):
+            raise MisconfigurationException(
+                f"{type(self).__name__} attacks one tensor of inputs, but the batch has a {type(inputs).__name__}. Say "
+                "which: LogitsSource(unpack=lambda batch: (batch['image'], batch['class']))."
+            )
+
+
+def network_logits(pl_module: pl.LightningModule, source: LogitsSource, inputs: Tensor) -> Tensor:
+    """Logits at given inputs, found where ``source`` says.
+
+    Args:
+        pl_module: The module.
+        source: If it names a submodule, that one's output is taken while the module's ``forward`` runs, or, where the
+            module has none, while the submodule itself does.
+        inputs: Network inputs ``(n, ...)``.
+
+    Returns:
+        Shape ``(n, C)``.
+
+    Raises:
+        MisconfigurationException: If the output holds no logits, or the submodule was not called.
+    """
+    submodule = pl_module.get_submodule(source.submodule)
+    if not source.submodule or not is_overridden("forward", pl_module):
+        output = submodule(inputs)
+    else:
+        outputs: list[Any] = []
+        handle = submodule.register_forward_hook(lambda _, __, found: outputs.append(found))
+        try:
+            pl_module(inputs)
+        finally:
+            handle.remove()
+        if not outputs:
+            raise MisconfigurationException(
+                f"{source.submodule!r} is not called by {type(pl_module).__name__}.forward, so an attack cannot reach it."
+            )
+        output = outputs[-1]
+    logits = logits_in(output)
+    if logits is None:
+        raise MisconfigurationException(
+            f"The output of {source.submodule or 'forward'!r} is a {type(output).__name__} without `logits`. Name the "
+            "submodule that gives the logits, e.g. LogitsSource('model.head')."
+        )
+    return source.as_logits(logits)
