@@ -5,6 +5,13 @@ from groundwire.callbacks.adversarial.at_aka import AdaptiveKnowledgeAmalgamatio
 from groundwire.callbacks.adversarial.attacks import FGSM, PGD, SVGD, Attack, RandomFGSM, ThunderNNA
 from groundwire.callbacks.adversarial.callback import AdversarialCallback
 from groundwire.callbacks.adversarial.cap import ConfinedPolytopes, CornerSearch
+from groundwire.callbacks.adversarial.evaluation import (
+    RobustnessReport,
+    RobustnessResult,
+    evaluate_robustness,
+    plot_accuracy_against_eps,
+    plot_adversarial_examples,
+)
 from groundwire.callbacks.adversarial.mart import MART
 from groundwire.callbacks.adversarial.threat import ThreatModel
 from groundwire.callbacks.adversarial.trades import TRADES
@@ -22,6 +29,11 @@ __all__ = [
     "ConfinedPolytopes",
     "CornerSearch",
     "RandomFGSM",
+    "RobustnessReport",
+    "RobustnessResult",
     "ThreatModel",
     "ThunderNNA",
+    "evaluate_robustness",
+    "plot_accuracy_against_eps",
+    "plot_adversarial_examples",
 ]

@@ -19,6 +19,7 @@ from groundwire.callbacks.adversarial.threat import ThreatModel
 from groundwire.callbacks.logits import LogitsSource
 from groundwire.callbacks.step import Step, loss_of
 from groundwire.plugins.edge import DeviceBatch
+from groundwire.plugins.random import root_seed, stream
 
 _GUARD_ATTACK = PGD(num_steps=5, track="last")
 
@@ -47,7 +48,7 @@ class AdversarialTraining(AdversarialCallback):
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: At setup, beside another callback that replaces the input.
+        MisconfigurationException: At setup, beside another callback of this family that attacks.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -117,6 +118,7 @@ class AdversarialTraining(AdversarialCallback):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self.overfit_guard is not None and not self._guard:
             inputs, labels = self.source.inputs_and_labels(batch.row(0) if isinstance(batch, DeviceBatch) else batch)
+            self._need_tensor(inputs)
             self._guard = {"inputs": inputs.detach().clone(), "target": _as_target(labels).clone()}
 
     @override
@@ -134,7 +136,13 @@ class AdversarialTraining(AdversarialCallback):
 
     def _guard_accuracy(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
         x, target = self._guard["inputs"].to(pl_module.device), self._guard["target"].to(pl_module.device)
-        found = _GUARD_ATTACK(pl_module, x, target, self.threat, logits_of=self.logits_of, generator=self._generator)
+        generator = stream(  # the same starts after every epoch, and in a run that is resumed there
+            root_seed(self.seed),
+            purpose=f"adversarial/{self.name}/guard",
+            device_id=trainer.global_rank,
+            on=pl_module.device,
+        )
+        found = _GUARD_ATTACK(pl_module, x, target, self.threat, logits_of=self.logits_of, generator=generator)
         with untouched(pl_module, "eval", x.device), torch.no_grad():
             predicted = self.logits_of(found).argmax(dim=1)
         classes = target.argmax(dim=1) if target.is_floating_point() else target

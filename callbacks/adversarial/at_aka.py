@@ -143,7 +143,7 @@ class AdaptiveKnowledgeAmalgamation(AdversarialCallback):
         self._release()
 
     def _release(self) -> None:
-        for teacher in self.teachers:
+        for teacher in reversed(self.teachers):  # one network may be several teachers: its flags of before come last
             teacher.release()
 
     @override

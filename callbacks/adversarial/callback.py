@@ -14,18 +14,20 @@ from typing_extensions import override
 
 from groundwire.callbacks.adversarial.attacks import PGD, Attack
 from groundwire.callbacks.adversarial.threat import ThreatModel
+from groundwire.callbacks.checks import transform_is_active
 from groundwire.callbacks.classifier import ClassifierCallback, epochs_done
 from groundwire.callbacks.logits import LogitsSource, logits_in
 from groundwire.callbacks.step import unseen_by_taps
-from groundwire.plugins.edge import DeviceBatch
+from groundwire.plugins.edge import DeviceBatch, EdgeStrategy
 from groundwire.plugins.random import root_seed, stream
 
 
 class AdversarialCallback(ClassifierCallback):
     """A callback that attacks the network that it trains.
 
-    Random starts depend on the seed, the batch's number and the process alone: switching the callback on does not move
-    the module's own random stream, and a resumed run draws what an uninterrupted one does.
+    Random starts depend on the seed, the batch's number and the process alone: the search does not move the module's own
+    random stream, and a resumed run draws what an uninterrupted one does. (A further forward in training mode, as a term
+    on adversarial outputs needs it, draws its dropout from the module's stream.)
 
     Args:
         threat: What the attacker may do.
@@ -52,6 +54,7 @@ class AdversarialCallback(ClassifierCallback):
         self.warmup_epochs = warmup_epochs
         self.seed = seed
         self._generator: torch.Generator | None = None
+        self._was_vectorized = False
         self._checked = False
 
     @property
@@ -68,34 +71,30 @@ class AdversarialCallback(ClassifierCallback):
                     f"{type(trainer.strategy).__name__} shards its parameters between the calls that it knows. Use 'ddp'."
                 )
             if self.replaces_inputs:
-                self._refuse_another_replacement(trainer)
+                self._refuse_another_attack(trainer)
             self._checked = False
         super().setup(trainer, pl_module, stage)
 
-    def _refuse_another_replacement(self, trainer: pl.Trainer) -> None:
+    def _refuse_another_attack(self, trainer: pl.Trainer) -> None:
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        others = [c for c in callbacks if isinstance(c, AdversarialCallback) and c.replaces_inputs and c is not self]
+        others = [c for c in callbacks if isinstance(c, AdversarialCallback) and c is not self]
         if others:
+            what = "also replaces it" if others[0].replaces_inputs else "attacks what the step sees"
             raise MisconfigurationException(
-                f"{type(self).__name__} and {type(others[0]).__name__} ({others[0].name!r}) both replace the module's "
-                "input: one would attack what the other made, outside the ball around the data. Keep one of them."
+                f"{type(self).__name__} replaces the module's input, and {type(others[0]).__name__} ({others[0].name!r}) "
+                f"{what}: one would attack what the other made, outside the ball around the data. Keep one of them."
             )
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._generator = stream(
-            root_seed(self.seed),
-            purpose=f"adversarial/{self.name}",
-            round=trainer.fit_loop.total_batch_idx,
-            device_id=trainer.global_rank,
-            on=pl_module.device,
-        )
-        if isinstance(batch, DeviceBatch) and not self._checked:  # inside the step values may be hidden
-            inputs, _ = self.source.inputs_and_labels(batch.data)
+        self._generator, self._was_vectorized = None, False
+        if isinstance(trainer.strategy, EdgeStrategy) and not self._checked:  # inside the step values may be hidden
+            of_devices = isinstance(batch, DeviceBatch)
+            inputs, _ = self.source.inputs_and_labels(batch.data if of_devices else batch)
             self._need_tensor(inputs)
-            self.threat.check(inputs.flatten(0, 1))
+            self.threat.check(inputs.flatten(0, 1) if of_devices else inputs)
         self._checked = True
 
     def ramp(self) -> float:
@@ -123,13 +122,13 @@ class AdversarialCallback(ClassifierCallback):
             Like ``inputs``, without a graph.
         """
         self._need_tensor(inputs)
-        threat, generator = self.current_threat(), self._generator
+        threat, generator = self.current_threat(), self._random_stream()
         return attack(self._module, inputs, target, threat, logits_of=self.logits_of, generator=generator)
 
     def run_search(self, attack: PGD, inputs: Any, target: Tensor) -> Tensor:
         """All particles of a search, shape ``(N, B, ...)``; the rest as for :meth:`run_attack`."""
         self._need_tensor(inputs)
-        threat, generator = self.current_threat(), self._generator
+        threat, generator = self.current_threat(), self._random_stream()
         return attack.particles(self._module, inputs, target, threat, logits_of=self.logits_of, generator=generator)
 
     def particle_logits(self, particles: Tensor) -> Tensor:
@@ -153,6 +152,20 @@ class AdversarialCallback(ClassifierCallback):
     def logits_of(self, inputs: Tensor) -> Tensor:
         """From network inputs to logits: the module's forward, or the submodule that ``source`` names."""
         return network_logits(self._module, self.source, inputs)
+
+    def _random_stream(self) -> torch.Generator:
+        """That of this batch; EdgeStrategy runs a batch anew, in a loop, where it cannot run vectorised."""
+        is_vectorized = transform_is_active()
+        if self._generator is None or (self._was_vectorized and not is_vectorized):
+            self._generator = stream(
+                root_seed(self.seed),
+                purpose=f"adversarial/{self.name}",
+                round=self.trainer.fit_loop.total_batch_idx,
+                device_id=self.trainer.global_rank,
+                on=self._module.device,
+            )
+        self._was_vectorized = is_vectorized
+        return self._generator
 
     @property
     def _module(self) -> pl.LightningModule:

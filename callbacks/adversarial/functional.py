@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from groundwire.callbacks.adversarial.threat import ThreatModel
+from groundwire.callbacks.adversarial.threat import ThreatModel, unit
 from groundwire.callbacks.checks import transform_is_active
 
 AttackLoss = Literal["ce", "margin", "dlr", "kl"]
@@ -187,15 +187,18 @@ def svgd_direction(particles: Tensor, gradients: Tensor, repulsion: float) -> Te
     """
     number = particles.shape[0]
     u = particles.flatten(2).transpose(0, 1)  # (B, N, d)
-    g = gradients.flatten(2).transpose(0, 1)
-    g = g / (g.square().sum(dim=-1, keepdim=True).sqrt() + 1e-20)
-    squared = (u[:, :, None] - u[:, None, :]).square().sum(dim=-1) if number <= 4 else torch.cdist(u, u).square()
+    g = unit(gradients.flatten(2).transpose(0, 1), 1)
+    squared = torch.stack([(u - u[:, j, None]).square().sum(dim=-1) for j in range(number)], dim=-1)
     ordered = squared.flatten(1).sort(dim=-1).values
     middle = ordered.shape[-1] // 2
     median = (ordered[:, middle] + ordered[:, (ordered.shape[-1] - 1) // 2]) / 2
     width = (median / math.log(number + 1)).clamp_min(1e-8)[:, None, None]
     kernel = (-squared / width).exp()  # (B, N, N), symmetric
-    push = 2 / width * (u * kernel.sum(dim=-1, keepdim=True) - kernel @ u)
+    # by differences: `u * kernel.sum() - kernel @ u` leaves rounding errors, which 1 / width makes huge where points meet
+    away = torch.zeros_like(u)
+    for j in range(number):
+        away = away + kernel[:, :, j, None] * (u - u[:, j, None])
+    push = 2 / width * away
     phi = (kernel @ g + repulsion * push) / number
     return phi.transpose(0, 1).reshape(particles.shape)
 

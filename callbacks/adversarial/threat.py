@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,7 +12,7 @@ from torch import Tensor
 
 Norm = Literal["linf", "l2"]
 
-_ROUNDING = 1e-4  # by which a normalised image may leave the box, in units of its width
+_ROUNDING = 1e-4  # by which a normalised image may leave the box, in units of its width; more in half precision
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class ThreatModel:
         if x.numel() == 0:
             return
         low, high = (float(value) for value in self._unclamped(x.detach()).aminmax())
-        slack = _ROUNDING * (self.hi - self.lo)
+        slack = max(_ROUNDING, torch.finfo(x.dtype).eps) * (self.hi - self.lo)
         if not (low >= self.lo - slack and high <= self.hi + slack):  # NaN fails both
             given = "" if self.mean is None else " after undoing mean and std"
             raise ValueError(
@@ -146,13 +147,13 @@ class ThreatModel:
         """
         if self.norm == "linf":
             return gradient.sign()
-        return gradient / (norm_of(gradient, input_ndim) + 1e-10)
+        return unit(gradient, input_ndim)
 
     def uniform(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Points drawn uniformly from the ball around each input, then cut to the box.
 
         Args:
-            x: Pixels ``(..., B, *input)``; the last ``x.ndim - 1`` dimensions of the l2 ball are those of one input.
+            x: Pixels ``(B, *input)``.
             generator: Source of randomness, on the device of ``x``.
 
         Returns:
@@ -161,11 +162,10 @@ class ThreatModel:
         if self.norm == "linf":
             start = x + self.eps * (2 * _rand(x, generator) - 1)
         else:
-            direction = gaussian(x, generator)
-            size = direction[0].numel() if direction.ndim > 1 else 1
-            length = norm_of(direction, x.ndim - 1)
-            radius = self.eps * torch.rand(length.shape, generator=generator, device=x.device) ** (1 / size)
-            start = x + direction / (length + 1e-10) * radius.to(x.dtype)
+            size = math.prod(x.shape[1:])
+            drawn = _rand(x.new_empty(len(x), size + 1), generator)  # at once: the same under vmap
+            direction, radius = unit(_normal(drawn[:, :size]), 1), self.eps * drawn[:, size:] ** (1 / size)
+            start = x + (direction * radius).reshape(x.shape)
         within: Tensor = start.clamp(self.lo, self.hi)
         return within
 
@@ -183,9 +183,21 @@ def norm_of(x: Tensor, input_ndim: int) -> Tensor:
     return length
 
 
+def unit(x: Tensor, input_ndim: int) -> Tensor:
+    """Each input over its length, also where squares would underflow (a saturated network); 0 stays 0."""
+    dims = tuple(range(x.ndim - input_ndim, x.ndim))
+    largest = x.abs().amax(dim=dims, keepdim=True) if dims else x.abs()
+    scaled = x / largest.clamp_min(torch.finfo(x.dtype).tiny)
+    return scaled / norm_of(scaled, input_ndim).clamp_min(1e-10)
+
+
 def gaussian(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Standard normal numbers like ``x``; made of uniform ones, which are the same drawn together or in parts."""
-    drawn: Tensor = torch.special.ndtri(_rand(x, generator).clamp_min(1e-7))
+    return _normal(_rand(x, generator))
+
+
+def _normal(uniform: Tensor) -> Tensor:
+    drawn: Tensor = torch.special.ndtri(uniform.clamp_min(1e-7))
     return drawn
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
-from matplotlib.figure import Figure
 from torch import Tensor
 from typing_extensions import override
 
@@ -17,6 +16,7 @@ from groundwire.callbacks.information.functional import log_probs
 from groundwire.callbacks.information.metrics import NormalizedCMI
 from groundwire.callbacks.information.plots import plot_centroids, plot_cmi_evolution, plot_simplex
 from groundwire.callbacks.logits import LogitsSource
+from groundwire.callbacks.reporting.pictures import log_picture
 from groundwire.callbacks.step import Step, StepCallback
 
 _LISTED = 100  # classes up to which each is logged
@@ -234,12 +234,4 @@ class CMIMonitor(StepCallback):
             file = folder / f"{name}.png"
             figure.savefig(file, dpi=130)
             for logger in trainer.loggers:
-                _show(logger, f"pictures/{name}", file, figure, trainer.global_step)
-
-
-def _show(logger: Any, key: str, file: Path, figure: Figure, step: int) -> None:
-    """Give a picture to a logger that takes some."""
-    if hasattr(logger, "log_image"):  # W&B
-        logger.log_image(key, [str(file)])
-    elif hasattr(getattr(logger, "experiment", None), "add_figure"):  # TensorBoard
-        logger.experiment.add_figure(key, figure, global_step=step)
+                log_picture(logger, f"pictures/{name}", file, figure, trainer.global_step)

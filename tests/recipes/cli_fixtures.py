@@ -21,6 +21,7 @@ every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: rec
 FAMILIES = {  # the overlay that needs no data to be there, and arguments for epochs of two steps, each of them logged
     "edge": ("digits", ["--data.rounds_per_epoch=2"]),
     "information": ("digits_central", ["--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1"]),
+    "adversarial": ("digits_central", ["--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1"]),
 }
 UNTRACKED = ("--trainer.logger", "groundwire.callbacks.reporting.MetricsCSV")  # W&B is tested once, elsewhere
 
@@ -93,22 +94,24 @@ def short(request: pytest.FixtureRequest) -> Callable[[Recipe], list[str]]:
 
     def words(recipe: Recipe) -> list[str]:
         overlay, few = FAMILIES[recipe.family]
-        given = few if teacher_of(recipe) is None else [*few, checkpoint_argument(request.getfixturevalue("teacher"))]
-        return [f"--config={overlay}", *given]
+        given = teachers_argument(recipe, request.getfixturevalue("teacher")) if teachers_of(recipe) else []
+        return [f"--config={overlay}", *few, *given]
 
     return words
 
 
-def teacher_of(recipe: Recipe) -> str | None:
-    """Where a recipe looks for its teacher: the ``checkpoint`` of its last callback."""
-    last = yaml.safe_load(recipe.path.read_text())["trainer"]["callbacks"][-1]
-    checkpoint: str | None = last.get("init_args", {}).get("checkpoint")
-    return checkpoint
+def teachers_of(recipe: Recipe) -> list[str]:
+    """Where a recipe looks for its teachers: ``checkpoint`` or ``checkpoints`` of its last callback."""
+    options = yaml.safe_load(recipe.path.read_text())["trainer"]["callbacks"][-1].get("init_args", {})
+    return options.get("checkpoints") or ([options["checkpoint"]] if options.get("checkpoint") else [])
 
 
-def checkpoint_argument(path: Path) -> str:
-    """Another teacher for a recipe; of a list of callbacks, such an argument is for the last."""
-    return f"--trainer.callbacks.init_args.checkpoint={path}"
+def teachers_argument(recipe: Recipe, path: Path) -> list[str]:
+    """Another teacher, for each place; of a list of callbacks, such an argument is for the last."""
+    number = len(teachers_of(recipe))
+    if number == 1:
+        return [f"--trainer.callbacks.init_args.checkpoint={path}"]
+    return [f"--trainer.callbacks.init_args.checkpoints=[{', '.join([str(path)] * number)}]"]
 
 
 def start(*argv: object, **kwargs: Any) -> subprocess.Popen[str]:

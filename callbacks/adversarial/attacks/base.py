@@ -140,18 +140,19 @@ class Attack(ABC):
         return logits
 
     def _warn_of_probabilities(self, logits: Tensor) -> None:
-        if bool((logits >= 0).all()) and bool((logits.sum(dim=-1) - 1).abs().max() < 1e-3):
+        if len(logits) and bool((logits >= 0).all()) and bool((logits.sum(dim=-1) - 1).abs().max() < 1e-3):
             rank_zero_warn(
                 "The module gives rows that are not negative and sum to 1: probabilities. Attacks need logits, and are far "
                 "too weak on probabilities: return what comes before the softmax, or LogitsSource(from_probs=True)."
             )
             self._has_looked = True
 
-    def _look_at(self, gradient: Tensor) -> None:
+    def _look_at(self, gradient: Tensor, done: Tensor | None = None) -> None:
         """Refuse gradients that are not finite; say once that many are zero.
 
         Args:
             gradient: Shape ``(N, B, ...)``.
+            done: Where the attack has succeeded, ``(N, B)``, and losses may be flat (DLR where the label ranks third).
         """
         if transform_is_active():
             return
@@ -163,7 +164,10 @@ class Attack(ABC):
             )
         if self._has_looked:
             return
-        zero = float((gradient.flatten(2) == 0).all(dim=-1).float().mean())
+        is_zero = (gradient.flatten(2) == 0).all(dim=-1)
+        if done is not None:
+            is_zero = is_zero[~done]
+        zero = float(is_zero.float().mean()) if len(is_zero) else 0.0
         if zero > _ZERO_SHARE:
             rank_zero_warn(
                 f"{100 * zero:.0f} % of the samples have a zero input gradient: possible gradient masking (saturated "
@@ -211,16 +215,14 @@ def untouched(model: nn.Module, mode: Mode, device: torch.device) -> Iterator[No
 
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Let copies of the buffers be written to; writing back to the originals would break graphs that hold them."""
     kept = [
-        (sub, name, buffer, buffer.clone())
-        for sub in model.modules()
-        for name, buffer in sub._buffers.items()
-        if buffer is not None
+        (sub, name, buffer) for sub in model.modules() for name, buffer in sub._buffers.items() if buffer is not None
     ]
     try:
+        for sub, name, buffer in kept:
+            sub._buffers[name] = buffer.clone()
         yield
     finally:
-        with torch.no_grad():
-            for sub, name, buffer, before in kept:
-                buffer.copy_(before)
-                sub._buffers[name] = buffer
+        for sub, name, buffer in kept:
+            sub._buffers[name] = buffer

@@ -73,6 +73,10 @@ class PGD(Attack):
             raise ValueError(
                 "start='clean' finds the same point every time, and where loss='kl' has no gradient: use 'uniform'."
             )
+        if loss == "kl" and targeted:
+            raise ValueError("loss='kl' looks at no labels, so it cannot be targeted: use 'ce' or 'margin'.")
+        if loss == "dlr" and targeted:  # it is 1 there, whatever the logits
+            raise ValueError("loss='dlr' has no gradient where the label to reach ranks third: use 'ce' or 'margin'.")
         if num_restarts < 1:
             raise ValueError(f"`num_restarts` must be at least 1, got {num_restarts}.")
         if track not in ("best", "last"):
@@ -206,7 +210,7 @@ class PGD(Attack):
             return loss.sum(), (loss.detach(), logits.detach())
 
         gradient, (loss, logits) = input_gradient(total, points)
-        self._look_at(gradient)
+        self._look_at(gradient, None if self._has_looked else self._fooled(logits, target))
         return gradient, loss, logits
 
     def _moved(self, points: Tensor, gradient: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:

@@ -62,6 +62,10 @@ class ThunderNNA(Attack):
     ) -> Tensor:
         if threat.norm != "linf":
             raise ValueError(f"ThunderNNA confines every pixel by itself: it needs norm='linf', got {threat.norm!r}.")
+        if self.loss == "nll_logit" and target.is_floating_point():
+            raise ValueError(
+                f"loss='nll_logit' needs class indices [B], got labels {tuple(target.shape)} {target.dtype}: use loss='ce'."
+            )
 
         def total(u: Tensor) -> tuple[Tensor, Tensor]:
             logits = logits_of(u)

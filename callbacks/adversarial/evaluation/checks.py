@@ -1,0 +1,158 @@
+"""Signs that a model only hides its gradients: each a rule with a number, passed or failed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from groundwire.callbacks.adversarial.threat import ThreatModel
+
+HUGE_RADII = 8.0
+"""In units of eps: here an attack has to succeed on everything."""
+
+_ROUNDING = 1e-9  # "more than 2 points" must not depend on how a difference of two shares is rounded
+
+WEAKENED = ("logits/10", "logits/100")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One rule and what became of it.
+
+    Args:
+        name: What it looks at.
+        passed: Whether the model may pass for robust, as far as this rule goes.
+        found: The numbers.
+        threshold: When it fails.
+    """
+
+    name: str
+    passed: bool
+    found: str
+    threshold: str
+
+    @property
+    def verdict(self) -> str:
+        """PASS or FAIL."""
+        return "PASS" if self.passed else "FAIL"
+
+
+def huge_radius(threat: ThreatModel) -> float:
+    """The radius at which every attack must succeed: eight times eps, in the max norm at most half of the box."""
+    radius = HUGE_RADII * threat.eps
+    return min(radius, (threat.hi - threat.lo) / 2) if threat.norm == "linf" else radius
+
+
+def masking_checks(
+    survived: Mapping[str, Tensor],
+    autoattack: Mapping[str, Tensor],
+    sweep: Mapping[float, Tensor],
+    probes: Mapping[str, Tensor],
+    threat: ThreatModel,
+    num_classes: int,
+) -> list[Check]:
+    """Look for the usual signs of obfuscated gradients.
+
+    Args:
+        survived: By attack, which samples are still right.
+        autoattack: The same for the parts of AutoAttack, or empty.
+        sweep: The same by radius.
+        probes: The runs made for these checks, on the first samples.
+        threat: What the attacker might do.
+        num_classes: Classes; chance is one of them.
+
+    Returns:
+        The checks, in the order of their letters.
+
+    Reference:
+        Athalye et al., "Obfuscated Gradients Give a False Sense of Security", ICML 2018. arXiv:1802.00420
+        Carlini et al., "On Evaluating Adversarial Robustness", 2019. arXiv:1902.06705
+    """
+    n = len(probes["pgd20_ce"])
+    acc = {name: _acc(alive) for name, alive in survived.items()}
+    probe = {name: _acc(alive) for name, alive in probes.items()}
+    checks = [
+        Check(
+            "(a) many steps beat one",
+            probe["pgd20_ce"] - probe["fgsm"] <= 0.01 + _ROUNDING,
+            f"FGSM {_pc(probe['fgsm'])}, PGD-20 {_pc(probe['pgd20_ce'])}",
+            "FGSM is stronger by more than 1 point",
+        ),
+        _black_box(acc, survived, autoattack),
+    ]
+    huge = huge_radius(threat)
+    at_huge = _acc(probes["huge"])
+    checks.append(
+        Check(
+            "(c) a huge ball leaves nothing",
+            at_huge <= 1 / num_classes + 0.05 + _ROUNDING,
+            f"{_pc(at_huge)} at eps = {huge:g}, chance {_pc(1 / num_classes)}",
+            "accuracy there is above chance + 5 points",
+        )
+    )
+    checks += [
+        Check(
+            "(d) the attack has converged",
+            probe["pgd20_margin"] - probe["pgd200_margin"] <= 0.02 + _ROUNDING,
+            f"margin PGD-20 {_pc(probe['pgd20_margin'])}, PGD-200 {_pc(probe['pgd200_margin'])}",
+            "200 steps lower accuracy by more than 2 points",
+        ),
+        Check(
+            "(e) cross entropy does not saturate",
+            probe["pgd20_ce"] - probe["pgd20_margin"] <= 0.03 + _ROUNDING,
+            f"PGD-20 with CE {_pc(probe['pgd20_ce'])}, with margin {_pc(probe['pgd20_margin'])}",
+            "CE is weaker by more than 3 points",
+        ),
+        Check(
+            "(f) inputs have gradients",
+            1 - probe["has_gradient"] <= 0.01 + _ROUNDING,
+            f"{_pc(1 - probe['has_gradient'])} of the samples have none",
+            "more than 1 % have none",
+        ),
+        Check(
+            "(g) smaller logits do not help the attack",
+            probe["pgd20_ce"] - min(probe[name] for name in WEAKENED) <= 0.02 + _ROUNDING,
+            f"PGD-20 {_pc(probe['pgd20_ce'])}, logits / 10 {_pc(probe[WEAKENED[0]])}, / 100 {_pc(probe[WEAKENED[1]])}",
+            "dividing the logits lowers accuracy by more than 2 points",
+        ),
+        Check(
+            "(h) training mode does not help the attack",
+            probe["pgd20_ce"] - probe["train_mode"] <= 0.05 + _ROUNDING,
+            f"PGD-20 in training mode {_pc(probe['train_mode'])}, in evaluation mode {_pc(probe['pgd20_ce'])}",
+            "it is stronger in training mode by more than 5 points",
+        ),
+    ]
+    assert n > 0
+    return checks
+
+
+def _black_box(acc: Mapping[str, float], survived: Mapping[str, Tensor], autoattack: Mapping[str, Tensor]) -> Check:
+    """Noise and transfer against the best white-box attack; Square against what white-box attacks left."""
+    gradient_free = [name for name in ("noise", "transfer") if name in acc]
+    white = torch.stack([alive for name, alive in survived.items() if name not in gradient_free])
+    white_acc = _acc(white.all(dim=0))
+    gains = {name: white_acc - acc[name] for name in gradient_free}
+    found = [f"white box {_pc(white_acc)}", *(f"{name} {_pc(acc[name])}" for name in gradient_free)]
+    if "square" in autoattack:
+        names = list(autoattack)
+        before = autoattack[names[names.index("square") - 1]]
+        gains["square"] = _acc(before) - _acc(autoattack["square"])
+        found.append(f"Square breaks {_pc(gains['square'])} more than APGD and FAB")
+    worst = max(gains.values(), default=0.0)
+    return Check(
+        "(b) gradients beat black boxes",
+        worst <= 0.005 + _ROUNDING,
+        ", ".join(found),
+        "a black-box attack is stronger by more than 0.5 points",
+    )
+
+
+def _acc(alive: Tensor) -> float:
+    return float(alive.double().mean()) if len(alive) else float("nan")
+
+
+def _pc(share: float) -> str:
+    return f"{100 * share:.1f} %"
