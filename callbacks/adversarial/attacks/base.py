@@ -196,8 +196,7 @@ def untouched(model: nn.Module, mode: Mode, device: torch.device) -> Iterator[No
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
-        if mode == "train":
-            stack.enter_context(_buffers_kept(model))
+        stack.enter_context(_buffers_kept(model))
         try:
             for sub, _ in flags:
                 sub.training = mode == "train"

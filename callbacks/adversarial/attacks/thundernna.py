@@ -18,7 +18,7 @@ class ThunderNNA(Attack):
 
     ``delta_i = clamp(k / g_i, -eps, eps)``. With ``quantile=None``, ``k = 1`` as in public code under this name: pixels
     with ``|g_i| <= 1 / eps``, on usual networks all of them, then move as in FGSM. With a quantile ``q``,
-    ``k = eps * quantile_q(|g|)`` for each sample: pixels with larger gradients move less. By Hoelder's inequality no step
+    ``k = eps * quantile_q(|g|)`` of each sample's gradients that are not 0: pixels with larger gradients move less. By Hoelder's inequality no step
     in the ball has a larger first-order gain than FGSM's.
 
     Args:
@@ -76,8 +76,16 @@ class ThunderNNA(Attack):
         self._look_at(gradient[None])
         scale: Tensor | float = 1.0
         if self.quantile is not None:
-            ordered = gradient.flatten(1).abs().sort(dim=1).values
-            position = round(self.quantile * (ordered.shape[1] - 1))
-            scale = threat.eps * ordered[:, position].reshape(-1, *[1] * (x.ndim - 1))
+            scale = threat.eps * _quantile_of_nonzero(gradient.flatten(1).abs(), self.quantile)
+            scale = scale.reshape(-1, *[1] * (x.ndim - 1))
         at_zero = threat.eps if self.zero_grad == "eps" else 0.0
         return threat.project(x + thundernna_step(gradient, threat.eps, scale, at_zero), x)
+
+
+def _quantile_of_nonzero(values: Tensor, q: float) -> Tensor:
+    """Of each row's entries above 0, the one at quantile ``q``; 0 where there are none."""
+    ordered = values.sort(dim=1).values
+    zeros = (ordered == 0).sum(dim=1)
+    number = ordered.shape[1] - zeros
+    position = zeros + (q * (number - 1).clamp_min(0)).round().long()
+    return ordered.gather(1, position.clamp_max(ordered.shape[1] - 1)[:, None])[:, 0]
