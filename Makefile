@@ -1,6 +1,6 @@
 # make demo       the main job on the embedded digits: five schemes, three seeds; prints where plot and table are
-# make study-first-light, make study-information     all figures of that page under docs/, on Fashion-MNIST: one hour
-#                 and two hours on one core; make study does both
+# make study-first-light, study-information, study-adversarial     all figures of that page under docs/, on
+#                 Fashion-MNIST: one, two and two hours on one core; make study does all
 # make test       the tests           make test-slow   the long reproductions as well
 # make lint       ruff and mypy       make clean       remove the environments
 # Each sets up an environment of its own. Needed beforehand: Python 3.11 or later with venv and pip, and make.
@@ -10,11 +10,12 @@ DEMO_VENV := .venv
 TEST_VENV := .venv-test
 FIRST_LIGHT := iid_500 by_label_500 iid_200 by_label_200 power bandwidth decoders fedavg
 INFORMATION := cmic ncmi_and_error students knockoffs
+ADVERSARIAL := adversarial fal
 SOURCES := $(shell find plugins callbacks datamodules recipes src -name '*.py' -o -name '*.yaml' -o -name '*.md')
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo study study-first-light study-information test test-slow lint clean
+.PHONY: demo study study-first-light study-information study-adversarial test test-slow lint clean
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/groundwire compare --study docs/studies/demo.yaml --output runs/compare/demo
@@ -24,13 +25,17 @@ demo: $(DEMO_VENV)/.installed
 	@echo "plot:  runs/compare/demo/plot.png"
 	@echo "table: runs/compare/demo/table.md"
 
-study: study-first-light study-information
+study: study-first-light study-information study-adversarial
 
 study-first-light: $(FIRST_LIGHT:%=study/%)
 	$(DEMO_VENV)/bin/python docs/studies/first_light.py
 
 study-information: $(INFORMATION:%=study/%)
 	$(DEMO_VENV)/bin/python docs/studies/information.py
+
+study-adversarial: $(ADVERSARIAL:%=study/%)
+	$(DEMO_VENV)/bin/pip install --quiet -c constraints.txt pyautoattack
+	$(DEMO_VENV)/bin/python docs/studies/adversarial.py
 
 study/%: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/groundwire compare --study docs/studies/$*.yaml --output runs/compare/$*

@@ -6,63 +6,24 @@ python docs/studies/information.py [FOLDER of the comparisons, runs/compare by d
 from __future__ import annotations
 
 import itertools
-import json
-import math
 import sys
-from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from finished import DOCS, Runs, paired
 from matplotlib.figure import Figure
-from scipy.stats import spearmanr, t
+from scipy.stats import spearmanr
 from torch import Tensor
 
+from groundwire.callbacks.adversarial import FGSM, PGD, ThreatModel
 from groundwire.callbacks.information import NormalizedCMI, plot_cmi_evolution
-from groundwire.callbacks.reporting import read_metrics
 from groundwire.callbacks.weights import load_weights
 from groundwire.datamodules import FashionMNIST
 from groundwire.recipes import SmallCNN
-from groundwire.recipes.cli.study import Job, Study
 
-DOCS = Path(__file__).resolve().parents[1]
 STUDIES = ("cmic", "ncmi_and_error", "students", "knockoffs")
 CE, CMIC = "CNN, CE", "CNN, CMIC lam=1 beta=0.01"
-
-
-class Runs:
-    """The finished runs of a study."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.study = Study.of_file(DOCS / "studies" / f"{name}.yaml")
-        self.jobs: dict[str, dict[int, Job]] = defaultdict(dict)
-        for job in self.study.jobs(folder / name / "runs"):
-            self.jobs[job.label][job.seed] = job
-
-    def test(self, label: str, metric: str) -> dict[int, float]:
-        """The test metric of each seed."""
-        found = {}
-        for seed, job in self.jobs[label].items():
-            found[seed] = json.loads((job.folder / "result.json").read_text())["test"][metric]
-        return found
-
-    def curve(self, label: str, *metrics: str) -> np.ndarray:
-        """Validation metrics of each seed and epoch, shape ``(seeds, epochs, metrics)``."""
-        runs = []
-        for job in self.jobs[label].values():
-            rows = [row for row in read_metrics(job.folder / "metrics.csv") if metrics[0] in row]
-            runs.append([[row[name] for name in metrics] for row in rows])
-        return np.array(runs)
-
-
-def paired(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, float]:
-    """Mean difference over the seeds, and half of its 95 % confidence interval (Student's t), in points."""
-    difference = 100 * np.array([ours[seed] - theirs[seed] for seed in ours])
-    half = t.ppf(0.975, len(difference) - 1) * difference.std(ddof=1) / math.sqrt(len(difference))
-    return float(difference.mean()), float(half)
 
 
 def draw_cmic(runs: Runs, models: Runs) -> None:
@@ -189,39 +150,24 @@ def cmi_at(logits: Tensor, target: Tensor, temperature: float) -> float:
     return float(metric.compute()["cmi"])
 
 
-def attack(
-    model: SmallCNN, x: Tensor, y: Tensor, eps: float, steps: int, loss: Callable[[Tensor, Tensor], Tensor]
-) -> float:
-    """Accuracy under (projected) gradient ascent in the max norm, pixels kept in [0, 1]."""
-    step = eps if steps == 1 else 2.5 * eps / steps
-    moved = x.clone()
-    for _ in range(steps):
-        moved.requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(model(moved), y), moved)
-        moved = (moved.detach() + step * gradient.sign()).clamp(x - eps, x + eps).clamp(0, 1)
+def accuracy_under(attack: PGD, model: SmallCNN, x: Tensor, y: Tensor, eps: float) -> float:
+    moved = attack(model, x, y, ThreatModel(eps=eps))
     return float((model(moved).argmax(dim=1) == y).float().mean())
-
-
-def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """How far the best wrong logit is above the right one: not fooled by large logits, as cross entropy is."""
-    right = logits.gather(1, y[:, None])[:, 0]
-    wrong = logits.scatter(1, y[:, None], -math.inf).amax(dim=1)
-    return (wrong - right).sum()
 
 
 def robustness(runs: Runs) -> None:
     data = FashionMNIST(seed=0)
     data.setup()
     x, y = data.test_data[0][:500], data.test_data[1][:500]
-    kinds: dict[str, tuple[float, int, Any]] = {
-        "FGSM 0.05": (0.05, 1, lambda z, y: F.cross_entropy(z, y, reduction="sum")),
-        "PGD-20 0.03, CE": (0.03, 20, lambda z, y: F.cross_entropy(z, y, reduction="sum")),
-        "PGD-20 0.03, margin": (0.03, 20, margin),
+    kinds: dict[str, tuple[float, PGD]] = {
+        "FGSM 0.05": (0.05, FGSM()),
+        "PGD-20 0.03, CE": (0.03, PGD(20, start="clean", track="last")),
+        "PGD-20 0.03, margin": (0.03, PGD(20, loss="margin", start="clean", track="last")),
     }
-    for name, (eps, steps, loss) in kinds.items():
+    for name, (eps, attack) in kinds.items():
         found = {
             label: {
-                seed: attack(model_of(job.folder), x, y, eps, steps, loss) for seed, job in runs.jobs[label].items()
+                seed: accuracy_under(attack, model_of(job.folder), x, y, eps) for seed, job in runs.jobs[label].items()
             }
             for label in list(runs.jobs)[:5]
         }
