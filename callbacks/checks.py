@@ -16,6 +16,44 @@ def transform_is_active() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def as_target(labels: Tensor, number: int) -> Tensor:
+    """Labels in the form that losses take.
+
+    Args:
+        labels: Class indices ``(B,)`` or ``(B, 1)``, or distributions ``(B, C)``, one-hot integers among them.
+        number: Samples ``B``.
+
+    Returns:
+        Class indices ``(B,)`` int64, or distributions ``(B, C)`` in floating point.
+
+    Raises:
+        ValueError: If there are not as many labels as samples, or they are neither.
+    """
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        found = labels if labels.is_floating_point() else labels.float()
+    else:
+        found = labels.reshape(-1).long()
+    if not values_are_hidden(labels):
+        _check_labels(labels, found)
+    if len(found) != number:
+        raise ValueError(
+            f"there are {number} inputs and labels of shape {tuple(labels.shape)}: expected class indices [{number}] or "
+            f"distributions [{number}, classes]. LogitsSource(unpack=...) picks others."
+        )
+    return found
+
+
+def _check_labels(labels: Tensor, found: Tensor) -> None:
+    if found.is_floating_point():
+        if bool((found < 0).any()) or bool(((found.sum(dim=1) - 1).abs() > 1e-3).any()):
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} are no distributions over classes (rows of at least 0 that sum to 1): "
+                "a regression or several labels a sample cannot be attacked as a classifier."
+            )
+    elif labels.is_floating_point() and bool((labels != labels.round()).any()):
+        raise ValueError("labels are fractions, not class indices: a regression cannot be attacked as a classifier.")
+
+
 def check_logits(logits: Tensor, target: Tensor) -> int:
     """Refuse what cannot be logits with hard labels, as far as shapes and dtypes tell; the number of classes."""
     if logits.ndim != 2 or not logits.is_floating_point():

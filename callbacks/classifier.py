@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from groundwire.callbacks.checks import values_are_hidden
 from groundwire.callbacks.logits import LogitsSource, check_values
-from groundwire.callbacks.step import Step, StepCallback, loss_of, with_loss
+from groundwire.callbacks.step import Call, Step, StepCallback, loss_of, with_loss
 from groundwire.plugins.edge import EdgeStrategy
 
 
@@ -27,6 +27,7 @@ class ClassifierCallback(StepCallback):
         name: Under which it logs, and keeps its state in checkpoints: of several of a class, each needs its own.
 
     Attributes:
+        changes_loss: Whether the step returns another loss than the module's own, which needs automatic optimization.
         accepts_soft_labels: Whether labels may be distributions.
         own_loss_weight: By which the module's own loss enters the total; None where it enters as it is.
 
@@ -35,6 +36,7 @@ class ClassifierCallback(StepCallback):
             or replaced together with the module's own loss.
     """
 
+    changes_loss = True
     accepts_soft_labels = False
     own_loss_weight: float | None = None
 
@@ -58,6 +60,10 @@ class ClassifierCallback(StepCallback):
         """
         raise NotImplementedError
 
+    def network_inputs(self, calls: list[Call], batch_inputs: Any) -> Any:
+        """What :meth:`total_loss` gets as ``inputs``, from the step's calls and the batch."""
+        return self.source.inputs(calls, batch_inputs)
+
     @property
     def epochs_needed_for(self) -> str | None:
         """The setting that counts epochs, if there is one: it needs a loader with an end."""
@@ -76,7 +82,7 @@ class ClassifierCallback(StepCallback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit" and not pl_module.automatic_optimization:
+        if stage == "fit" and self.changes_loss and not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 f"{type(self).__name__} changes the loss that `training_step` returns, but {type(pl_module).__name__} "
                 "sets `automatic_optimization = False`. Return the loss and let Lightning step the optimizer."
@@ -130,7 +136,7 @@ class ClassifierCallback(StepCallback):
         batch_inputs, labels = self.source.inputs_and_labels(batch)
         with torch.autocast(own_loss.device.type, enabled=False):  # also: no half-precision product in our terms
             logits, target = self._prepared(self.source.logits(calls), labels)
-            inputs = self.source.inputs(calls, batch_inputs)
+            inputs = self.network_inputs(calls, batch_inputs)
             loss = self.total_loss(own_loss, logits, target, inputs)
             self._refuse_nonfinite(loss, logits, target)
         return with_loss(output, loss)

@@ -310,6 +310,11 @@ class Call:
 _unseen: list[None] = []  # not empty while taps look away
 
 
+def taps_look_away() -> bool:
+    """Whether :func:`unseen_by_taps` is at work."""
+    return bool(_unseen)
+
+
 @contextmanager
 def unseen_by_taps() -> Iterator[None]:
     """Run a module's forward for a callback's own purposes: no :class:`Tap` records it.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
@@ -16,23 +16,25 @@ from groundwire.callbacks.adversarial.attacks import PGD, Attack
 from groundwire.callbacks.adversarial.attacks.base import untouched
 from groundwire.callbacks.adversarial.callback import AdversarialCallback
 from groundwire.callbacks.adversarial.threat import ThreatModel
+from groundwire.callbacks.checks import as_target
 from groundwire.callbacks.logits import LogitsSource
-from groundwire.callbacks.step import Step, loss_of
-from groundwire.plugins.edge import DeviceBatch
+from groundwire.callbacks.step import Notes, Step, loss_of
 from groundwire.plugins.random import root_seed, stream
 
+_GUARD_SAMPLES = 256
 _GUARD_ATTACK = PGD(num_steps=5, track="last")
 
 
 class AdversarialTraining(AdversarialCallback):
-    """Hands the module's own ``training_step`` adversarial inputs instead of the batch's.
+    """Lets the network see adversarial inputs in the module's own ``training_step``.
 
     With the default attack it is PGD-AT and costs ``num_steps + 1`` forward and backward passes a step; with
     ``attack=RandomFGSM()`` it is fast adversarial training and costs two. What single-step attacks can end in, a sudden
     loss of all robustness to stronger ones (catastrophic overfitting), ``overfit_guard`` looks out for: after every epoch
     the accuracy of one fixed batch under PGD-5, logged as ``<name>/guard_acc``.
 
-    Augmentation in the data pipeline comes before the attack, augmentation inside of ``training_step`` after it.
+    Inputs are replaced where the network takes them (the module's ``forward``, or the submodule that ``source`` names), so
+    that what a step does before, normalising and augmenting, comes before the attack.
 
     Args:
         threat: What the attacker may do.
@@ -40,7 +42,8 @@ class AdversarialTraining(AdversarialCallback):
         mix: Share of the batch that is attacked, in (0, 1].
         overfit_guard: By how much the guard's accuracy may fall from one epoch to the next, in (0, 1]; None for no guard.
         on_overfit: ``"stop"`` goes back to the weights of the epoch before and ends the fit, ``"restore"`` goes back and
-            goes on, ``"warn"`` only says it.
+            goes on with the optimizer as it is, ``"warn"`` only says it. Checkpoints then hold those weights and the
+            guard's batch as well.
         warmup_epochs: Epochs in which the radius grows from 0.
         source: Where labels are found, and logits for the attack.
         seed: Of random starts; by default that of ``seed_everything``.
@@ -60,6 +63,7 @@ class AdversarialTraining(AdversarialCallback):
         Wong, Rice, Kolter, "Fast is better than free: Revisiting adversarial training", ICLR 2020. arXiv:2001.03994
     """
 
+    changes_loss = False
     accepts_soft_labels = True
     replaces_inputs = True
 
@@ -86,9 +90,7 @@ class AdversarialTraining(AdversarialCallback):
         self.mix = mix
         self.overfit_guard = overfit_guard
         self.on_overfit = on_overfit
-        self._guard: dict[
-            str, Any
-        ] = {}  # inputs and target of the guard's batch; accuracy and weights of the last epoch
+        self._guard: dict[str, Any] = {}  # the guard's inputs and target; accuracy and weights of the last epoch
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -98,28 +100,52 @@ class AdversarialTraining(AdversarialCallback):
 
     @override
     def around_step(self, step: Step, batch: Any) -> Any:
-        inputs, labels = self.source.inputs_and_labels(batch)
-        self._need_tensor(inputs)
-        attacked = max(1, round(self.mix * len(inputs)))
-        found = self.run_attack(self.attack, inputs[:attacked], _as_target(labels)[:attacked])
-        if attacked < len(inputs):
-            found = torch.cat([found, inputs[attacked:]])
-        output = step(_with_inputs(batch, inputs, found))
-        if output is not None:
+        batch_inputs, labels = self.source.inputs_and_labels(batch)
+        call = self.source.call
+        wanted = (
+            call if isinstance(call, int) else 0 if call == "first" else None
+        )  # None: which is the last is not known
+        calls = itertools.count()
+        made: list[tuple[Any, Tensor]] = []
+
+        def replace(inputs: Any) -> Any:
+            if next(calls) != wanted and (wanted is not None or not torch.is_grad_enabled()):
+                return inputs  # not the call that is trained
+            for before, after in made:
+                if before is inputs:  # a second call on the same inputs
+                    return after
+            made.append((inputs, self._adversarial(inputs, labels)))
+            return made[-1][1]
+
+        with self.victim.watch(self._module, batch_inputs, replace):
+            output = step(batch)
+        if not made:
+            raise MisconfigurationException(
+                f"{type(self).__name__} found nothing to replace: the step calls neither {type(self._module).__name__}.forward"
+                " (`self.forward(x)` goes past hooks, `self(x)` does not) nor a submodule that `source` names. Say which "
+                "one takes the inputs: LogitsSource('net')."
+            )
+        if output is not None and self._module.automatic_optimization:
             self._refuse_nonfinite(loss_of(output))
         return output
+
+    def _adversarial(self, inputs: Any, labels: Tensor) -> Tensor:
+        checked = self._checked(inputs)
+        target = as_target(labels, len(checked))
+        if self.overfit_guard is not None and not self._guard:
+            self.note(guard_inputs=checked, guard_target=target)
+        attacked = max(1, round(self.mix * len(checked)))
+        found = self.run_attack(self.attack, checked[:attacked], target[:attacked])
+        return found if attacked == len(checked) else torch.cat([found, checked[attacked:]])
 
     # ---------------------------------------------------------------- the guard
 
     @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self.overfit_guard is not None and not self._guard:
-            inputs, labels = self.source.inputs_and_labels(batch.row(0) if isinstance(batch, DeviceBatch) else batch)
-            self._need_tensor(inputs)
-            self._guard = {"inputs": inputs.detach().clone(), "target": _as_target(labels).clone()}
+    def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, notes: Notes) -> None:
+        super().after_step(trainer, pl_module, notes)
+        if "guard_inputs" in notes and not self._guard:
+            x, target = (notes[name][:_GUARD_SAMPLES].clone() for name in ("guard_inputs", "guard_target"))
+            self._guard = {"inputs": x, "target": target}
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -169,30 +195,3 @@ class AdversarialTraining(AdversarialCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._guard = dict(state_dict["guard"])
-
-
-def _as_target(labels: Tensor) -> Tensor:
-    """Class indices ``(B,)``, or distributions ``(B, C)``, as they are."""
-    if labels.is_floating_point() and labels.ndim > 1 and labels.shape[-1] > 1:
-        return labels
-    return labels.reshape(-1).long()
-
-
-def _with_inputs(batch: Any, inputs: Tensor, replacement: Tensor) -> Any:
-    """The batch with ``replacement`` where it holds ``inputs``; the batch itself is not changed."""
-    places = 0
-
-    def put(leaf: Tensor) -> Tensor:
-        nonlocal places
-        if leaf is not inputs:
-            return leaf
-        places += 1
-        return replacement
-
-    replaced = apply_to_collection(batch, Tensor, put)
-    if not places:
-        raise MisconfigurationException(
-            "The inputs that `source` gives are not a tensor of the batch itself, so they cannot be replaced in it. Let "
-            "LogitsSource(unpack=...) pick them from the batch unchanged, and transform them before or inside the step."
-        )
-    return replaced

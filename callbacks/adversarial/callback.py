@@ -8,17 +8,16 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from typing_extensions import override
 
 from groundwire.callbacks.adversarial.attacks import PGD, Attack
-from groundwire.callbacks.adversarial.threat import ThreatModel
+from groundwire.callbacks.adversarial.threat import ThreatModel, rounding_of
+from groundwire.callbacks.adversarial.victim import Victim
 from groundwire.callbacks.checks import transform_is_active
 from groundwire.callbacks.classifier import ClassifierCallback, epochs_done
-from groundwire.callbacks.logits import LogitsSource, logits_in
-from groundwire.callbacks.step import unseen_by_taps
-from groundwire.plugins.edge import DeviceBatch, EdgeStrategy
+from groundwire.callbacks.logits import LogitsSource
+from groundwire.callbacks.step import Call, Notes, Step, unseen_by_taps
 from groundwire.plugins.random import root_seed, stream
 
 
@@ -27,7 +26,8 @@ class AdversarialCallback(ClassifierCallback):
 
     Random starts depend on the seed, the batch's number and the process alone: the search does not move the module's own
     random stream, and a resumed run draws what an uninterrupted one does. (A further forward in training mode, as a term
-    on adversarial outputs needs it, draws its dropout from the module's stream.)
+    on adversarial outputs needs it, draws its dropout from the module's stream.) The devices of ``EdgeStrategy`` draw from
+    that stream in turn: with several local steps, in another order in the loop than vectorised.
 
     Args:
         threat: What the attacker may do.
@@ -48,6 +48,7 @@ class AdversarialCallback(ClassifierCallback):
         self, threat: ThreatModel, warmup_epochs: float, source: LogitsSource | None, seed: int | None, name: str
     ) -> None:
         super().__init__(source, name)
+        self.victim = Victim(self.source)
         if not warmup_epochs >= 0:
             raise ValueError(f"`warmup_epochs` must be at least 0, got {warmup_epochs}.")
         self.threat = threat
@@ -55,7 +56,8 @@ class AdversarialCallback(ClassifierCallback):
         self.seed = seed
         self._generator: torch.Generator | None = None
         self._was_vectorized = False
-        self._checked = False
+        self._seen: list[Any] = []
+        self._rounding = 0.0
 
     @property
     @override
@@ -70,18 +72,23 @@ class AdversarialCallback(ClassifierCallback):
                     f"{type(self).__name__} runs the module's forward many times a step, but "
                     f"{type(trainer.strategy).__name__} shards its parameters between the calls that it knows. Use 'ddp'."
                 )
-            if self.replaces_inputs:
-                self._refuse_another_attack(trainer)
-            self._checked = False
+            self.victim.check(pl_module)
+            self._refuse_others(trainer)
         super().setup(trainer, pl_module, stage)
 
-    def _refuse_another_attack(self, trainer: pl.Trainer) -> None:
+    def _refuse_others(self, trainer: pl.Trainer) -> None:
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         others = [c for c in callbacks if isinstance(c, AdversarialCallback) and c is not self]
-        if others:
-            what = "also replaces it" if others[0].replaces_inputs else "attacks what the step sees"
+        if any(type(other) is type(self) and other.name == self.name for other in others):
             raise MisconfigurationException(
-                f"{type(self).__name__} replaces the module's input, and {type(others[0]).__name__} ({others[0].name!r}) "
+                f"Two callbacks {type(self).__name__} are named {self.name!r}: what they log would be mixed. Give each a name."
+            )
+        replacing = next((c for c in (self, *others) if c.replaces_inputs), None)
+        if replacing is not None and others:
+            other = next(c for c in (self, *others) if c is not replacing)
+            what = "also replaces it" if other.replaces_inputs else "attacks what the step sees"
+            raise MisconfigurationException(
+                f"{type(replacing).__name__} replaces the module's input, and {type(other).__name__} ({other.name!r}) "
                 f"{what}: one would attack what the other made, outside the ball around the data. Keep one of them."
             )
 
@@ -90,12 +97,24 @@ class AdversarialCallback(ClassifierCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._generator, self._was_vectorized = None, False
-        if isinstance(trainer.strategy, EdgeStrategy) and not self._checked:  # inside the step values may be hidden
-            of_devices = isinstance(batch, DeviceBatch)
-            inputs, _ = self.source.inputs_and_labels(batch.data if of_devices else batch)
-            self._need_tensor(inputs)
-            self.threat.check(inputs.flatten(0, 1) if of_devices else inputs)
-        self._checked = True
+
+    @override
+    def around_step(self, step: Step, batch: Any) -> Any:
+        batch_inputs, _ = self.source.inputs_and_labels(batch)
+        try:
+            with self.victim.watch(self._module, batch_inputs) as self._seen:
+                return super().around_step(step, batch)
+        finally:
+            self._seen = []
+
+    @override
+    def network_inputs(self, calls: list[Call], batch_inputs: Any) -> Any:
+        return self.victim.chosen(self._seen) if self._seen else batch_inputs
+
+    @override
+    def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, notes: Notes) -> None:
+        if "low" in notes:  # values were hidden inside of the step
+            self.threat.check_range(float(notes["low"].min()), float(notes["high"].max()), self._rounding)
 
     def ramp(self) -> float:
         """Share of the radius that this step has reached, in (0, 1]."""
@@ -121,15 +140,25 @@ class AdversarialCallback(ClassifierCallback):
         Returns:
             Like ``inputs``, without a graph.
         """
-        self._need_tensor(inputs)
-        threat, generator = self.current_threat(), self._random_stream()
-        return attack(self._module, inputs, target, threat, logits_of=self.logits_of, generator=generator)
+        return attack(self._module, self._checked(inputs), target, self.current_threat(), **self._options())
 
     def run_search(self, attack: PGD, inputs: Any, target: Tensor) -> Tensor:
         """All particles of a search, shape ``(N, B, ...)``; the rest as for :meth:`run_attack`."""
-        self._need_tensor(inputs)
-        threat, generator = self.current_threat(), self._random_stream()
-        return attack.particles(self._module, inputs, target, threat, logits_of=self.logits_of, generator=generator)
+        return attack.particles(self._module, self._checked(inputs), target, self.current_threat(), **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        return {"logits_of": self.logits_of, "generator": self._random_stream()}
+
+    def _checked(self, inputs: Any) -> Tensor:
+        if not isinstance(inputs, Tensor):
+            raise MisconfigurationException(
+                f"{type(self).__name__} attacks one tensor of inputs, but the network is given a "
+                f"{type(inputs).__name__}. Name a submodule that takes a tensor: LogitsSource('model.net')."
+            )
+        if transform_is_active():  # elsewhere the attack itself looks at the values
+            pixels, self._rounding = self.threat.pixels(inputs, clamp=False), rounding_of(inputs)
+            self.note(low=pixels.amin(), high=pixels.amax())
+        return inputs
 
     def particle_logits(self, particles: Tensor) -> Tensor:
         """:meth:`logits_at` of particles ``(N, B, ...)``, in one batch: shape ``(N, B, C)``."""
@@ -151,7 +180,7 @@ class AdversarialCallback(ClassifierCallback):
 
     def logits_of(self, inputs: Tensor) -> Tensor:
         """From network inputs to logits: the module's forward, or the submodule that ``source`` names."""
-        return network_logits(self._module, self.source, inputs)
+        return self.victim.logits(self._module, inputs)
 
     def _random_stream(self) -> torch.Generator:
         """That of this batch; EdgeStrategy runs a batch anew, in a loop, where it cannot run vectorised."""
@@ -171,49 +200,3 @@ class AdversarialCallback(ClassifierCallback):
     def _module(self) -> pl.LightningModule:
         assert self._pl_module is not None
         return self._pl_module
-
-    def _need_tensor(self, inputs: Any) -> None:
-        if not isinstance(inputs, Tensor):
-            raise MisconfigurationException(
-                f"{type(self).__name__} attacks one tensor of inputs, but the batch has a {type(inputs).__name__}. Say "
-                "which: LogitsSource(unpack=lambda batch: (batch['image'], batch['class']))."
-            )
-
-
-def network_logits(pl_module: pl.LightningModule, source: LogitsSource, inputs: Tensor) -> Tensor:
-    """Logits at given inputs, found where ``source`` says.
-
-    Args:
-        pl_module: The module.
-        source: If it names a submodule, that one's output is taken while the module's ``forward`` runs, or, where the
-            module has none, while the submodule itself does.
-        inputs: Network inputs ``(n, ...)``.
-
-    Returns:
-        Shape ``(n, C)``.
-
-    Raises:
-        MisconfigurationException: If the output holds no logits, or the submodule was not called.
-    """
-    submodule = pl_module.get_submodule(source.submodule)
-    if not source.submodule or not is_overridden("forward", pl_module):
-        output = submodule(inputs)
-    else:
-        outputs: list[Any] = []
-        handle = submodule.register_forward_hook(lambda _, __, found: outputs.append(found))
-        try:
-            pl_module(inputs)
-        finally:
-            handle.remove()
-        if not outputs:
-            raise MisconfigurationException(
-                f"{source.submodule!r} is not called by {type(pl_module).__name__}.forward, so an attack cannot reach it."
-            )
-        output = outputs[-1]
-    logits = logits_in(output)
-    if logits is None:
-        raise MisconfigurationException(
-            f"The output of {source.submodule or 'forward'!r} is a {type(output).__name__} without `logits`. Name the "
-            "submodule that gives the logits, e.g. LogitsSource('model.head')."
-        )
-    return source.as_logits(logits)

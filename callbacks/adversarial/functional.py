@@ -279,10 +279,13 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -
     if trials == 0:
         return 0.0, 1.0
     p = successes / trials
+    if p in (0.0, 1.0):  # where the formula is exact, but not in floating point
+        other = z * z / (trials + z * z)
+        return (0.0, other) if p == 0 else (1 - other, 1.0)
     centre = p + z * z / (2 * trials)
     half = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
     total = 1 + z * z / trials
-    return max(0.0, (centre - half) / total), min(1.0, (centre + half) / total)
+    return (centre - half) / total, (centre + half) / total
 
 
 # ---------------------------------------------------------------- losses of robust training

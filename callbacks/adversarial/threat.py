@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -24,7 +24,7 @@ class ThreatModel:
 
     Args:
         eps: Radius of the ball, in pixel units; for pixels in [0, 1] usually 0.3 (MNIST), 0.1 (Fashion-MNIST), 8/255
-            (CIFAR) or 4/255 (ImageNet) with ``"linf"``.
+            (CIFAR, 0.0314 in YAML) or 4/255 (ImageNet) with ``"linf"``.
         norm: ``"linf"`` (largest change of a pixel) or ``"l2"`` (Euclidean length of the change).
         lo: Smallest valid pixel.
         hi: Largest valid pixel.
@@ -50,22 +50,27 @@ class ThreatModel:
     hi: float = 1.0
     mean: float | Sequence[float] | None = None
     std: float | Sequence[float] | None = None
+    step_scale: float = field(default=1.0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.eps < float("inf"):
             raise ValueError(f"`eps` must be positive, got {self.eps}: it is the radius in pixel units, such as 8/255.")
         if self.norm not in ("linf", "l2"):
             raise ValueError(f"`norm` must be 'linf' or 'l2', got {self.norm!r}.")
-        if not self.lo < self.hi:
-            raise ValueError(f"`lo` must be below `hi`, got {self.lo} and {self.hi}.")
+        if not -math.inf < self.lo < self.hi < math.inf:
+            raise ValueError(
+                f"`lo` must be below `hi`, both finite, got {self.lo} and {self.hi}: give what the data can reach."
+            )
         if (self.mean is None) != (self.std is None):
             raise ValueError("Give both `mean` and `std` of the transform that normalises, or neither.")
         if self.std is not None and not all(s > 0 for s in _listed(self.std)):
             raise ValueError(f"`std` must be positive, got {self.std}.")
 
     def scaled(self, factor: float) -> ThreatModel:
-        """The same with ``factor`` times the radius."""
-        return replace(self, eps=self.eps * factor)
+        """The same with ``factor`` times the radius; attacks scale a step size that they were given along."""
+        found = replace(self, eps=self.eps * factor)
+        object.__setattr__(found, "step_scale", self.step_scale * factor)
+        return found
 
     def check(self, x: Tensor) -> None:
         """Refuse inputs that cannot be attacked; waits for the device.
@@ -80,8 +85,21 @@ class ThreatModel:
         self.check_dtype(x)
         if x.numel() == 0:
             return
-        low, high = (float(value) for value in self._unclamped(x.detach()).aminmax())
-        slack = max(_ROUNDING, torch.finfo(x.dtype).eps) * (self.hi - self.lo)
+        low, high = (float(value) for value in self.pixels(x.detach(), clamp=False).aminmax())
+        self.check_range(low, high, rounding_of(x))
+
+    def check_range(self, low: float, high: float, rounding: float = _ROUNDING) -> None:
+        """Refuse pixels outside of the box.
+
+        Args:
+            low: The smallest pixel.
+            high: The largest pixel.
+            rounding: By how much of the box's width they may leave it.
+
+        Raises:
+            ValueError: If they are outside, or not finite.
+        """
+        slack = rounding * (self.hi - self.lo)
         if not (low >= self.lo - slack and high <= self.hi + slack):  # NaN fails both
             given = "" if self.mean is None else " after undoing mean and std"
             raise ValueError(
@@ -103,13 +121,14 @@ class ThreatModel:
             raise TypeError(f"inputs are a {type(x).__name__}; an attack needs one tensor of inputs.")
         if not x.is_floating_point():
             kind = str(x.dtype).removeprefix("torch.")
-            raise TypeError(
-                f"inputs are {kind}; attack needs floating inputs: scale to [{0.0}, {1.0}] in the transforms."
-            )
+            raise TypeError(f"inputs are {kind}; attack needs floating inputs: scale them to [0, 1] in the transforms.")
 
-    def pixels(self, x: Tensor) -> Tensor:
-        """From network inputs ``(B, C, ...)`` to pixels, at least in float32, rounding errors at the box cut off."""
-        return self._unclamped(x).clamp(self.lo, self.hi)
+    def pixels(self, x: Tensor, clamp: bool = True) -> Tensor:
+        """From network inputs ``(B, C, ...)`` to pixels, at least in float32, rounding errors at the box cut off or not."""
+        pixels = x if x.dtype == torch.float64 else x.float()
+        if self.mean is not None and self.std is not None:
+            pixels = pixels * _per_channel(self.std, pixels) + _per_channel(self.mean, pixels)
+        return pixels.clamp(self.lo, self.hi) if clamp else pixels
 
     def network_input(self, pixels: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """From pixels to what the network sees, in ``dtype`` (that of the pixels by default)."""
@@ -169,11 +188,10 @@ class ThreatModel:
         within: Tensor = start.clamp(self.lo, self.hi)
         return within
 
-    def _unclamped(self, x: Tensor) -> Tensor:
-        pixels = x if x.dtype == torch.float64 else x.float()
-        if self.mean is not None and self.std is not None:
-            pixels = pixels * _per_channel(self.std, pixels) + _per_channel(self.mean, pixels)
-        return pixels
+
+def rounding_of(x: Tensor) -> float:
+    """By how much of the box's width inputs of this precision may leave it."""
+    return max(_ROUNDING, torch.finfo(x.dtype).eps)
 
 
 def norm_of(x: Tensor, input_ndim: int) -> Tensor:

@@ -54,8 +54,9 @@ def run_autoattack(runs: Runs) -> list[dict[str, Any]]:
     data = FashionMNIST(seed=0)
     data.setup()
     x, y = data.test_data
-    for label, by_seed in runs.jobs.items():
-        for seed, job in by_seed.items():
+    for seed in runs.jobs[CONTROL]:
+        for label, by_seed in runs.jobs.items():
+            job = by_seed[seed]
             if (label, seed) in done:
                 continue
             model = model_of(job.folder)
@@ -121,8 +122,8 @@ def print_methods(runs: Runs, attacked: list[dict[str, Any]]) -> None:
         found = list(reports(runs, label).values())
         cells = [spread_of([report["accuracies"][name]["acc"] for report in found]) for name in names]
         rows = [row for row in attacked if row["method"] == label]
-        left, images = sum(int(row["square"]) for row in rows), sum(int(row["images"]) for row in rows)
-        low, high = wilson_interval(left, images)
+        # the seeds attack the same images, so that they are no further samples
+        low, high = wilson_interval(round(np.mean([int(row["square"]) for row in rows])), IMAGES)
         cells += [
             spread_of([int(row["square"]) / int(row["images"]) for row in rows]),
             f"{100 * low:.1f} to {100 * high:.1f}",

@@ -7,7 +7,8 @@ validation images, never on test images.
     python docs/studies/cap_search.py STAGE FOLDER [PART/PARTS]      writes FOLDER/cap_search_STAGE_PART.csv
 
 Stage 1: distance, centre and weight, 6 epochs, one seed. Stage 2: around the best of stage 1, start, number of particles,
-repulsion, fixed centre. Stage 3: the best three, 12 epochs, two other seeds. `references` trains the other methods in the same way.
+repulsion, fixed centre. Stage 3: the best two, 12 epochs, another seed. Stage `references`: the other methods in the same
+way, with three weights each.
 """
 
 from __future__ import annotations
@@ -119,13 +120,13 @@ def cap(variant: Variant, epochs: int, stage: str, seed: int) -> dict[str, Any]:
     } | validate(model, seed)
 
 
-def reference(name: str, callback: Callback, epochs: int, seed: int) -> dict[str, Any]:
+def reference(name: str, weight: float, callback: Callback, epochs: int, seed: int) -> dict[str, Any]:
     started = time.monotonic()
     model = train(callback, seed, epochs)
     return {
         "stage": "references",
         "variant": name,
-        "lam": "",
+        "lam": weight,
         "seed": seed,
         "epochs": epochs,
         "gradients": 11,
@@ -133,18 +134,45 @@ def reference(name: str, callback: Callback, epochs: int, seed: int) -> dict[str
     } | validate(model, seed)
 
 
-def references(epochs: int, seed: int) -> list[tuple[str, Callback]]:
-    warmup = epochs / 6
-    near = PGD(9, start="gaussian", track="last")
+def references() -> list[tuple[str, float, Callback]]:
+    """The other methods, with a weight below and above the usual one where they have one."""
+    trades = PGD(9, loss="kl", start="gaussian", track="last")
+    mart = PGD(9, start="gaussian", track="last")
     return [
-        ("PGD-AT", AdversarialTraining(THREAT, PGD(10, track="last"), warmup_epochs=warmup)),
-        ("TRADES", TRADES(THREAT, attack=PGD(9, loss="kl", start="gaussian", track="last"), warmup_epochs=warmup)),
-        ("MART", MART(THREAT, attack=near, warmup_epochs=warmup)),
+        ("PGD-AT", 0.0, AdversarialTraining(THREAT, PGD(10, track="last"), warmup_epochs=1)),
+        *(("TRADES", beta, TRADES(THREAT, beta=beta, attack=trades, warmup_epochs=1)) for beta in (3.0, 6.0, 12.0)),
+        *(("MART", lam, MART(THREAT, lam=lam, attack=mart, warmup_epochs=1)) for lam in (2.5, 5.0, 10.0)),
     ]
+
+
+def stage_2() -> list[Variant]:
+    """What the best two of stage 1 (the divergence, from the clean centre and from the mean) gain from the rest."""
+    clean: dict[str, Any] = {"distance": "kl", "outputs": "logits", "center": "clean"}
+    mean = clean | {"center": "mean"}
+    return [
+        (24.0, clean),
+        (12.0, clean | {"start": "gaussian"}),
+        (12.0, clean | {"repulsion": 0.5}),
+        (12.0, clean | {"detach_center": True}),
+        (12.0, clean | {"num_particles": 1, "num_steps": 9}),  # the limit of TRADES, from a uniform start
+        (12.0, clean | {"num_particles": 3, "num_steps": 3}),  # 13 gradient evaluations
+        (12.0, mean | {"start": "gaussian"}),
+        (12.0, mean | {"repulsion": 0.5}),
+        (12.0, mean | {"detach_center": True}),
+        (12.0, mean | {"num_particles": 3, "num_steps": 3}),
+    ]
+
+
+def stage_3() -> list[Variant]:
+    """The best two of both."""
+    kl: dict[str, Any] = {"distance": "kl", "outputs": "logits"}
+    return [(12.0, kl | {"center": "clean"}), (12.0, kl | {"center": "mean", "detach_center": True})]
 
 
 STAGES: dict[str, tuple[list[Variant], int, tuple[int, ...]]] = {
     "1": (stage_1(), 6, (100,)),
+    "2": (stage_2(), 6, (100,)),
+    "3": (stage_3(), 12, (101,)),
 }
 
 
@@ -155,12 +183,7 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     jobs: list[Any] = []
     if stage == "references":
-        jobs = [
-            lambda n=name, c=callback, e=epochs, s=seed: reference(n, c, e, s)
-            for epochs, seeds in ((6, (100,)), (12, (101, 102)))
-            for seed in seeds
-            for name, callback in references(epochs, seed)
-        ]
+        jobs = [lambda r=r: reference(*r, epochs=6, seed=100) for r in references()]
     else:
         variants, epochs, seeds = STAGES[stage]
         jobs = [lambda v=v, s=s: cap(v, epochs, stage, s) for s in seeds for v in variants]

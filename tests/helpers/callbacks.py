@@ -28,7 +28,6 @@ def check_step_callback(
     changes: bool = True,
     module: pl.LightningModule | None = None,
     dict_batch: bool = True,
-    replaces_inputs: bool = False,
 ) -> None:
     """What every StepCallback must pass.
 
@@ -38,7 +37,6 @@ def check_step_callback(
         changes: Whether it is meant to change the trained weights.
         module: What to train; its step takes ``(x, y)``.
         dict_batch: Whether the callback must also take ``{"x": x, "y": y}``.
-        replaces_inputs: Whether the module's step is meant to see other inputs than the batch's.
     """
     module = module if module is not None else Classifier(mlp())
     plain, _, _ = fit("auto", module)
@@ -57,7 +55,7 @@ def check_step_callback(
     if dict_batch:
         of_dicts, _, _ = fit("auto", taking_dicts(module), loader_of_dicts(), callbacks=[build()])
         assert torch.equal(of_dicts, on), "with batches that are dicts it must do the same"
-    _check_keeps_extras(build, module, on, together, replaces_inputs)
+    _check_keeps_extras(build, module, on, together)
     _check_leaves_no_trace(build, module)
 
 
@@ -191,7 +189,7 @@ def state_of(module: pl.LightningModule) -> dict[str, Any]:
 
 
 def _check_keeps_extras(
-    build: Callable[[], StepCallback], module: pl.LightningModule, on: Tensor, together: Tensor, replaces_inputs: bool
+    build: Callable[[], StepCallback], module: pl.LightningModule, on: Tensor, together: Tensor
 ) -> None:
     """The module's own extras reach other callbacks, before and after it, and nothing else does."""
     variant = returning_dicts(module)
@@ -205,8 +203,7 @@ def _check_keeps_extras(
             torch.testing.assert_close(found, together, rtol=1e-4, atol=1e-6)
         for outputs in (before.seen, after.seen):
             assert [set(o) for o in outputs] == [set(o) for o in without.seen], "nothing may stay in the outputs"
-            same = [torch.equal(a["extra"], b["extra"]) for a, b in zip(outputs, without.seen, strict=True)]
-            assert not any(same) if replaces_inputs else all(same)
+            assert all(torch.equal(a["extra"], b["extra"]) for a, b in zip(outputs, without.seen, strict=True))
 
 
 def _check_leaves_no_trace(build: Callable[[], StepCallback], module: pl.LightningModule) -> None:

@@ -10,6 +10,14 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from groundwire.callbacks.adversarial import (
+    PGD,
+    TRADES,
+    AdversarialTraining,
+    ConfinedPolytopes,
+    CornerSearch,
+    ThreatModel,
+)
 from groundwire.callbacks.information import (
     DKD,
     KD,
@@ -55,6 +63,30 @@ def test_vectorised_devices_and_a_loop_agree_with_all_constraints_at_once() -> N
         for vectorize in (True, False)
     ]
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+
+
+BALL = ThreatModel(0.1, lo=-10.0, hi=10.0)
+
+
+@pytest.mark.parametrize(
+    "hardened",
+    [
+        lambda: AdversarialTraining(BALL, PGD(3, track="last")),
+        lambda: TRADES(BALL, attack=PGD(3, loss="kl", start="gaussian", track="last")),
+        lambda: ConfinedPolytopes(BALL, search=CornerSearch(2, 2, distance="kl")),
+    ],
+    ids=["PGD-AT", "TRADES", "CAP"],
+)
+def test_hardened_and_constrained_models_go_over_the_air(hardened: Any) -> None:
+    """Devices attack their own model; what they learn is constrained, and meets in the air."""
+    strategy = lambda vectorize: EdgeStrategy(4, uplink=ADSGD(power=500.0, bandwidth=0.5), vectorize=vectorize)
+    callbacks = lambda: [CMIConstraint(lam=0.5, warmup_epochs=0), UndistillableCMI(lam=0.5), hardened()]
+    everything, t, _ = fit(strategy(True), callbacks=callbacks(), steps=4)
+    in_a_loop, _, _ = fit(strategy(False), callbacks=callbacks(), steps=4)
+    torch.testing.assert_close(everything, in_a_loop, rtol=1e-4, atol=1e-5)
+    without, _, _ = fit(strategy(True), callbacks=callbacks()[:-1], steps=4)
+    assert not torch.equal(everything, without)
+    assert 0 < t.strategy.ledger.totals["uplink/energy"] <= 500.0 * 4 * 4 * (1 + 1e-6)
 
 
 def test_the_terms_add_up_in_any_order() -> None:

@@ -12,9 +12,10 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from groundwire.callbacks.adversarial.threat import ThreatModel
-from groundwire.callbacks.checks import transform_is_active
+from groundwire.callbacks.checks import as_target, transform_is_active
 from groundwire.callbacks.logits import logits_in
 from groundwire.callbacks.step import unseen_by_taps
+from groundwire.plugins.random import stream
 
 Mode = Literal["eval", "train"]
 LogitsOf = Callable[[Tensor], Any]
@@ -47,6 +48,7 @@ class Attack(ABC):
             raise ValueError(f"`mode` must be 'eval' or 'train', got {mode!r}.")
         self.mode: Mode = mode
         self._has_looked = False
+        self._calls = 0
 
     @abstractmethod
     def perturb(
@@ -84,8 +86,8 @@ class Attack(ABC):
             target: Labels ``(B,)``.
             threat: What the attacker may do; its ``mean`` and ``std`` are those of ``x``.
             logits_of: From inputs to logits; by default ``model`` itself.
-            generator: Source of randomness, on the device of ``x``; by default torch's global stream, which is then put
-                back, so that two calls draw alike.
+            generator: Source of randomness, on the device of ``x``; by default one that depends on torch's initial seed and
+                on how often this attack was called.
             start: Network inputs ``(B, ...)`` from which to search instead of the attack's own start, where it allows.
 
         Returns:
@@ -112,12 +114,17 @@ class Attack(ABC):
     ) -> Tensor:
         """Run a search in pixels on a network that is put back afterwards."""
         threat.check_dtype(x)
-        with untouched(model, self.mode, x.device):
+        if generator is None:
+            generator = stream(torch.initial_seed(), purpose="attack", round=self._calls, on=x.device)
+            self._calls += 1
+        with untouched(model, self.mode, x.device, seed=generator.initial_seed() // 2):
             if not transform_is_active():
                 threat.check(x)
-                x, target = x.detach().clone(), target.clone()  # an inference tensor cannot have a gradient
+                # inference tensors cannot have a gradient
+                x, target = x.detach().clone(), as_target(target, len(x)).clone()
             pixels = threat.pixels(x)
-            victim = lambda raw: self._logits(logits_of or model, threat.network_input(raw, x.dtype))
+            # a copy, for networks that begin with an operation in place
+            victim = lambda raw: self._logits(logits_of or model, threat.network_input(raw, x.dtype).clone())
             options = {} if start is None else {"start": threat.pixels(start.clone())}
             found = search(victim, pixels, target, threat, generator, **options)
         if not transform_is_active():
@@ -177,13 +184,14 @@ class Attack(ABC):
 
 
 @contextmanager
-def untouched(model: nn.Module, mode: Mode, device: torch.device) -> Iterator[None]:
+def untouched(model: nn.Module, mode: Mode, device: torch.device, seed: int = 0) -> Iterator[None]:
     """Run a module in evaluation or training mode for one's own purposes, and leave it as it was.
 
     Args:
         model: The module.
-        mode: In which it is put, with all its submodules.
+        mode: In which it is put, with all its submodules; one that is in training keeps its submodules' modes there.
         device: On which it runs.
+        seed: Of torch's global streams meanwhile, so that dropout draws other masks than the step will.
 
     Yields:
         Nothing. Meanwhile autocast is off, inference mode is left, and parameters ask for no gradients.
@@ -194,12 +202,16 @@ def untouched(model: nn.Module, mode: Mode, device: torch.device) -> Iterator[No
         stack.enter_context(unseen_by_taps())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index or 0].manual_seed(seed)
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(_buffers_kept(model))
         try:
-            for sub, _ in flags:
-                sub.training = mode == "train"
+            if not (mode == "train" and model.training):  # in training, what the user keeps in evaluation mode stays so
+                for sub, _ in flags:
+                    sub.training = mode == "train"
             if not transform_is_active():
                 frozen = [p for p in model.parameters() if p.requires_grad and p.is_leaf]
                 for parameter in frozen:

@@ -24,7 +24,8 @@ class PGD(Attack):
 
     Args:
         num_steps: Gradients ``K``.
-        step_size: In pixel units; by default ``2.5 eps / num_steps``, which can reach the other end of the ball.
+        step_size: In pixel units, at the full radius; by default ``2.5 eps / num_steps``, which can reach the other end
+            of the ball.
         loss: What is maximised: ``"ce"``, ``"margin"`` (does not saturate), ``"dlr"`` (free of scale), or ``"kl"``, the
             divergence from the output at the clean input.
         start: ``"uniform"`` in the ball, ``"gaussian"`` (0.001 away, as TRADES and MART have it), or ``"clean"``, the
@@ -101,12 +102,13 @@ class PGD(Attack):
         """Length of a step, in pixel units."""
         if self.step_size is None:
             return 2.5 * threat.eps / self.num_steps
-        if self.step_size > 2 * threat.eps and self.num_steps > 1 and not self._has_looked:
+        size = self.step_size * threat.step_scale
+        if size > 2 * threat.eps and self.num_steps > 1 and not self._has_looked:
             rank_zero_warn(
-                f"step_size={self.step_size:g} is more than twice eps={threat.eps:g}: {self.num_steps} steps jump from one "
-                "end of the ball to the other. Leave it out for 2.5 eps / num_steps."
+                f"step_size={size:g} is more than twice eps={threat.eps:g}: {self.num_steps} steps jump from one end of the "
+                "ball to the other. Leave it out for 2.5 eps / num_steps."
             )
-        return self.step_size
+        return size
 
     def particles(
         self,

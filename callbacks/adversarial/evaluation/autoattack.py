@@ -60,13 +60,13 @@ def autoattack(
         Croce, Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks",
         ICML 2020. arXiv:2003.01690
     """
-    package = _package()
+    package = autoattack_package()
     threat.check(x)
     with untouched(model, "eval", x.device), _as_it_was():
         x, target = x.clone(), target.clone()
         pixels = threat.pixels(x)
         wide = threat.hi - threat.lo
-        unit = (pixels - threat.lo) / wide
+        unit = ((pixels - threat.lo) / wide).float()  # FAB knows no other precision
         is_image = unit.ndim == 4
         shape = unit.shape[1:]
         unit = unit if is_image else unit.reshape(len(unit), 1, 1, -1)
@@ -106,16 +106,15 @@ def in_parts(x: Tensor, size: int) -> list[Tensor]:
     return [x[first : first + size] for first in range(0, len(x), size)]
 
 
-def is_autoattack_there() -> bool:
-    """Whether the package is installed."""
-    try:
-        _package()
-    except MisconfigurationException:
-        return False
-    return True
+def autoattack_package() -> ModuleType:
+    """The package pyautoattack.
 
+    Returns:
+        The module.
 
-def _package() -> ModuleType:
+    Raises:
+        MisconfigurationException: If it is not installed.
+    """
     try:
         import pyautoattack
     except ImportError as error:

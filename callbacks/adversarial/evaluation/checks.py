@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,10 +11,7 @@ from torch import Tensor
 
 from groundwire.callbacks.adversarial.threat import ThreatModel
 
-HUGE_RADII = 8.0
-"""In units of eps: here an attack has to succeed on everything."""
-
-_ROUNDING = 1e-9  # "more than 2 points" must not depend on how a difference of two shares is rounded
+_ROUNDING = 1e-9  # a share that is exactly at a threshold passes
 
 WEAKENED = ("logits/10", "logits/100")
 
@@ -40,10 +38,18 @@ class Check:
         return "PASS" if self.passed else "FAIL"
 
 
-def huge_radius(threat: ThreatModel) -> float:
-    """The radius at which every attack must succeed: eight times eps, in the max norm at most half of the box."""
-    radius = HUGE_RADII * threat.eps
-    return min(radius, (threat.hi - threat.lo) / 2) if threat.norm == "linf" else radius
+def huge_radius(threat: ThreatModel, size: int) -> float:
+    """A radius at which every input can be made the same grey one, so that no network can tell them apart.
+
+    Args:
+        threat: The ball's norm, and the box.
+        size: Numbers in an input.
+
+    Returns:
+        Half of the box's width (linf), or half of its diagonal (l2).
+    """
+    half = (threat.hi - threat.lo) / 2
+    return half if threat.norm == "linf" else half * math.sqrt(size)
 
 
 def masking_checks(
@@ -53,6 +59,7 @@ def masking_checks(
     probes: Mapping[str, Tensor],
     threat: ThreatModel,
     num_classes: int,
+    huge: float,
 ) -> list[Check]:
     """Look for the usual signs of obfuscated gradients.
 
@@ -63,6 +70,7 @@ def masking_checks(
         probes: The runs made for these checks, on the first samples.
         threat: What the attacker might do.
         num_classes: Classes; chance is one of them.
+        huge: Radius of the probe ``"huge"``, see :func:`huge_radius`.
 
     Returns:
         The checks, in the order of their letters.
@@ -83,7 +91,6 @@ def masking_checks(
         ),
         _black_box(acc, survived, autoattack),
     ]
-    huge = huge_radius(threat)
     at_huge = _acc(probes["huge"])
     checks.append(
         Check(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,17 +14,19 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from typing_extensions import override
 
 from groundwire.callbacks.adversarial.attacks import PGD, Attack
-from groundwire.callbacks.adversarial.callback import network_logits
+from groundwire.callbacks.adversarial.evaluation.autoattack import autoattack_package
 from groundwire.callbacks.adversarial.evaluation.plots import plot_accuracy_against_eps, plot_adversarial_examples
 from groundwire.callbacks.adversarial.evaluation.result import RobustnessResult
 from groundwire.callbacks.adversarial.evaluation.robustness import SWEEP, Progress, evaluate_robustness
 from groundwire.callbacks.adversarial.threat import ThreatModel
+from groundwire.callbacks.adversarial.victim import Victim
+from groundwire.callbacks.checks import as_target
 from groundwire.callbacks.logits import LogitsSource
 from groundwire.callbacks.reporting.pictures import log_picture
 from groundwire.callbacks.step import Step, StepCallback
@@ -57,11 +58,10 @@ class RobustnessReport(StepCallback):
         surrogate_checkpoint: The surrogate's weights: a Lightning checkpoint, or the folder of its run.
         val_attack: For validation; by default PGD-10 on the margin.
         num_val_samples: Validation samples; 0 for none.
-        every_n_epochs: Of the validations in a fit.
         batch_size: Inputs attacked together.
         pictures: Whether to draw.
-        dirpath: Folder of the report; by default ``robustness`` beside the folder of the tested checkpoint, else in
-            the Trainer's ``default_root_dir``.
+        dirpath: Folder of the report; by default ``robustness`` in the run of the tested checkpoint, else in the folder of
+            the Trainer's logger, else in its ``default_root_dir``.
         class_names: Names of the classes in the pictures.
         source: Where logits, labels and inputs are found.
         seed: Of the attacks; by default that of ``seed_everything``, else 0.
@@ -69,7 +69,7 @@ class RobustnessReport(StepCallback):
 
     Raises:
         ValueError: If a number is out of range.
-        MisconfigurationException: At setup, if another report has its name.
+        MisconfigurationException: At setup, if another report has its name, or AutoAttack is wanted and not installed.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -92,7 +92,6 @@ class RobustnessReport(StepCallback):
         surrogate_checkpoint: str | Path | None = None,
         val_attack: Attack | None = None,
         num_val_samples: int = 500,
-        every_n_epochs: int = 1,
         batch_size: int = 100,
         pictures: bool = True,
         dirpath: str | Path | None = None,
@@ -106,15 +105,12 @@ class RobustnessReport(StepCallback):
             ("autoattack", autoattack, 0),
             ("probes", probes, 0),
             ("num_val_samples", num_val_samples, 0),
-            ("every_n_epochs", every_n_epochs, 1),
             ("batch_size", batch_size, 1),
         ):
             if value < least:
                 raise ValueError(f"`{argument}` must be at least {least}, got {value}.")
         if autoattack > num_samples:
             raise ValueError(f"`autoattack` must be at most num_samples={num_samples}, got {autoattack}.")
-        if any(not factor >= 0 for factor in sweep):
-            raise ValueError(f"`sweep` must hold radii of at least 0, in units of eps, got {list(sweep)}.")
         self.threat = threat
         self.num_samples = num_samples
         self.attacks = attacks
@@ -125,12 +121,12 @@ class RobustnessReport(StepCallback):
         self.surrogate_checkpoint = surrogate_checkpoint
         self.val_attack = val_attack or PGD(10, loss="margin", early_stop=True)
         self.num_val_samples = num_val_samples
-        self.every_n_epochs = every_n_epochs
         self.batch_size = batch_size
         self.pictures = pictures
         self.dirpath = dirpath
         self.class_names = class_names
         self.source = source or LogitsSource()
+        self.victim = Victim(self.source)
         self.seed = seed
         self.name = name
         self.result: RobustnessResult | None = None
@@ -146,6 +142,9 @@ class RobustnessReport(StepCallback):
             raise MisconfigurationException(
                 f"Two RobustnessReports are named {self.name!r}: what they log would be mixed. Give each a name of its own."
             )
+        self.victim.check(pl_module)
+        if stage == "test" and self.autoattack:
+            autoattack_package()
         super().setup(trainer, pl_module, stage)
         self._trainer, self._pl_module = trainer, pl_module
         self._collected = []
@@ -169,27 +168,22 @@ class RobustnessReport(StepCallback):
         missing = self._wanted(self._trainer) - sum(len(y) for _, y in self._collected)
         if self._trainer.sanity_checking or self._loader != 0 or missing <= 0:
             return step(batch)
-        with self.source.open(self._pl_module) as calls:
-            output = step(batch)
         inputs, labels = self.source.inputs_and_labels(batch)
-        if calls:
-            inputs = self.source.inputs(calls, inputs)
+        with self.victim.watch(self._pl_module, inputs) as seen:
+            output = step(batch)
+        if seen:
+            inputs = self.victim.chosen(seen)
         if not isinstance(inputs, Tensor):
             raise MisconfigurationException(
-                f"RobustnessReport attacks one tensor of inputs, but the batch has a {type(inputs).__name__}. Say which: "
-                "LogitsSource(unpack=lambda batch: (batch['image'], batch['class']))."
+                f"RobustnessReport attacks one tensor of inputs, but the network is given a {type(inputs).__name__}. Name a "
+                "submodule that takes a tensor: LogitsSource('model.net')."
             )
-        self._collected.append((inputs[:missing].detach(), labels.reshape(-1)[:missing].long()))
+        self._collected.append((inputs[:missing].detach(), as_target(labels, len(inputs))[:missing]))
         return output
 
     def _wanted(self, trainer: pl.Trainer) -> int:
         """Samples for this process."""
-        if trainer.testing:
-            number = self.num_samples
-        elif trainer.state.fn == "fit" and (trainer.current_epoch + 1) % self.every_n_epochs:
-            number = 0
-        else:
-            number = self.num_val_samples
+        number = self.num_samples if trainer.testing else self.num_val_samples
         return math.ceil(number / trainer.world_size)
 
     @override
@@ -236,7 +230,7 @@ class RobustnessReport(StepCallback):
             attacks={"val": self.val_attack},
             sweep=(),
             probes=0,
-            logits_of=lambda inputs: network_logits(pl_module, self.source, inputs),
+            logits_of=lambda inputs: self.victim.logits(pl_module, inputs),
             batch_size=self.batch_size,
             seed=root_seed(self.seed),
         )
@@ -255,8 +249,12 @@ class RobustnessReport(StepCallback):
         if not parts:
             raise MisconfigurationException("RobustnessReport saw no test sample: is the test loader empty?")
         self.result = RobustnessResult.merged(parts)
+        if self.result.num_samples < self.num_samples:
+            rank_zero_warn(
+                f"The test data have {self.result.num_samples} samples: fewer than num_samples={self.num_samples}."
+            )
         self._log(pl_module, self.result)
-        self._write(trainer, self.result)
+        self._write(trainer, self.result, self._folder(trainer))
 
     def _evaluate(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, x: Tensor, target: Tensor, progress: Progress
@@ -264,7 +262,7 @@ class RobustnessReport(StepCallback):
         surrogate = self._surrogate(trainer, pl_module)
         victim = None if surrogate is None else surrogate.module
         if isinstance(victim, pl.LightningModule) and self.surrogate is None:
-            victim = _Logits(victim, self.source)
+            victim = _Logits(victim, self.victim)
         try:
             return evaluate_robustness(
                 pl_module,
@@ -276,7 +274,7 @@ class RobustnessReport(StepCallback):
                 sweep=self.sweep,
                 probes=math.ceil(self.probes / trainer.world_size),
                 surrogate=victim,
-                logits_of=lambda inputs: network_logits(pl_module, self.source, inputs),
+                logits_of=lambda inputs: self.victim.logits(pl_module, inputs),
                 batch_size=self.batch_size,
                 seed=root_seed(self.seed) + trainer.global_rank,
                 progress=progress,
@@ -310,8 +308,7 @@ class RobustnessReport(StepCallback):
         pl_module.log_dict(exact, sync_dist=True)  # every process has the same
 
     @rank_zero_only
-    def _write(self, trainer: pl.Trainer, result: RobustnessResult) -> None:
-        folder = self._folder(trainer)
+    def _write(self, trainer: pl.Trainer, result: RobustnessResult, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         stem = "robustness" if self.name == "robust" else self.name
         (folder / f"{stem}.json").write_text(json.dumps(result.as_dict(), indent=1) + "\n")
@@ -341,21 +338,22 @@ class RobustnessReport(StepCallback):
             return Path(self.dirpath)
         checkpoint = trainer.ckpt_path
         if checkpoint is not None and Path(checkpoint).is_file():
-            return Path(checkpoint).resolve().parent.parent / "robustness"
-        return Path(trainer.default_root_dir) / "robustness"
+            folder = Path(checkpoint).resolve().parent
+            return (folder.parent if folder.name == "checkpoints" else folder) / "robustness"
+        return Path(trainer.log_dir or trainer.default_root_dir) / "robustness"  # asks all processes
 
 
 class _Logits(nn.Module):
-    """A LightningModule that gives the logits that a source names."""
+    """Another LightningModule, read where the tested one is."""
 
-    def __init__(self, module: pl.LightningModule, source: LogitsSource) -> None:
+    def __init__(self, module: pl.LightningModule, victim: Victim) -> None:
         super().__init__()
         self.module = module
-        self.source = source
+        self.victim = victim
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        return network_logits(self.module, self.source, x)
+        return self.victim.logits(self.module, x)
 
 
 def _copy_of(pl_module: pl.LightningModule) -> nn.Module:
@@ -378,9 +376,9 @@ def _gathered(trainer: pl.Trainer, found: RobustnessResult | None) -> list[Robus
 
 @contextmanager
 def _progress(trainer: pl.Trainer) -> Iterator[Progress]:
-    """A bar in the Trainer's own display where that is rich, else one of its own; none where nobody watches."""
+    """A bar in the Trainer's own display where that is rich, else one of its own; none where the Trainer has none."""
     bar = trainer.progress_bar_callback
-    if trainer.global_rank or not getattr(bar, "is_enabled", False) or not sys.stdout.isatty():
+    if trainer.global_rank or not getattr(bar, "is_enabled", False):
         yield lambda _, __: None
         return
     if isinstance(bar, RichProgressBar) and bar.progress is not None:

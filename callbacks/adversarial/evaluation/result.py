@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groundwire.callbacks.adversarial.evaluation.checks import Check, masking_checks
+from groundwire.callbacks.adversarial.evaluation.checks import Check, huge_radius, masking_checks
 from groundwire.callbacks.adversarial.functional import wilson_interval
 from groundwire.callbacks.adversarial.threat import ThreatModel
 
@@ -39,14 +39,17 @@ class Examples:
     hi: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RobustnessResult:
     """Which samples withstood which attack.
 
     Args:
         threat: What the attacker might do.
         num_classes: Classes.
+        input_size: Numbers in an input.
         seed: Of the attacks.
+        worst_case: Which samples withstood every attack in the ball, whatever it was run for: also AutoAttack, the sweep up
+            to eps and the probes for the checks, each on the samples that it saw. ``(n,)`` bool.
         survived: By attack, first ``"clean"``, whether each sample is still classified right, ``(n,)`` bool on the CPU.
         autoattack: The same for the parts of AutoAttack, on the first samples; empty if it did not run.
         sweep: By radius in pixel units, whether each sample survived.
@@ -56,7 +59,9 @@ class RobustnessResult:
 
     threat: ThreatModel
     num_classes: int
+    input_size: int
     seed: int
+    worst_case: Tensor
     survived: dict[str, Tensor]
     autoattack: dict[str, Tensor] = field(default_factory=dict)
     sweep: dict[float, Tensor] = field(default_factory=dict)
@@ -69,13 +74,6 @@ class RobustnessResult:
         return len(self.survived["clean"])
 
     @property
-    def worst_case(self) -> Tensor:
-        """Which samples withstood every attack, ``(n,)``; AutoAttack counts if it saw all of them."""
-        worst = torch.stack(list(self.survived.values())).all(dim=0)
-        last = list(self.autoattack.values())[-1:]
-        return worst & last[0] if last and len(last[0]) == len(worst) else worst
-
-    @property
     def robust_acc(self) -> float:
         """The headline: the share of samples that withstood every attack."""
         return float(self.worst_case.double().mean())
@@ -84,7 +82,10 @@ class RobustnessResult:
         """The checks for masked gradients; empty if their probes did not run."""
         if not self.probes:
             return []
-        return masking_checks(self.survived, self.autoattack, self.sweep, self.probes, self.threat, self.num_classes)
+        huge = huge_radius(self.threat, self.input_size)
+        return masking_checks(
+            self.survived, self.autoattack, self.sweep, self.probes, self.threat, self.num_classes, huge
+        )
 
     def accuracies(self) -> dict[str, tuple[float, float, float, int]]:
         """Accuracy, both ends of its 95 % interval, and samples, by attack; at the end the worst case."""
@@ -95,7 +96,13 @@ class RobustnessResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the samples themselves, as plain numbers."""
-        threat = {"norm": self.threat.norm, "eps": self.threat.eps, "lo": self.threat.lo, "hi": self.threat.hi}
+        threat: dict[str, Any] = {
+            "norm": self.threat.norm,
+            "eps": self.threat.eps,
+            "lo": self.threat.lo,
+            "hi": self.threat.hi,
+        }
+        threat |= {"mean": self.threat.mean, "std": self.threat.std}
         accuracies = {
             name: {"acc": acc, "low": low, "high": high, "n": n}
             for name, (acc, low, high, n) in self.accuracies().items()
@@ -144,7 +151,9 @@ class RobustnessResult:
         return RobustnessResult(
             threat=first.threat,
             num_classes=first.num_classes,
+            input_size=first.input_size,
             seed=first.seed,
+            worst_case=torch.cat([part.worst_case for part in parts]),
             survived=_joined([part.survived for part in parts]),
             autoattack=_joined([part.autoattack for part in parts]),
             sweep=_joined([part.sweep for part in parts]),

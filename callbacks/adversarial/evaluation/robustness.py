@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from groundwire.callbacks.adversarial.attacks import FGSM, PGD, Attack
 from groundwire.callbacks.adversarial.attacks.base import LogitsOf, untouched
 from groundwire.callbacks.adversarial.evaluation.autoattack import autoattack as run_autoattack
-from groundwire.callbacks.adversarial.evaluation.autoattack import in_parts
+from groundwire.callbacks.adversarial.evaluation.autoattack import autoattack_package, in_parts
 from groundwire.callbacks.adversarial.evaluation.checks import WEAKENED, huge_radius
 from groundwire.callbacks.adversarial.evaluation.result import AUTOATTACK, Examples, RobustnessResult
 from groundwire.callbacks.adversarial.functional import cross_entropy, input_gradient
 from groundwire.callbacks.adversarial.threat import ThreatModel
+from groundwire.callbacks.checks import as_target
 from groundwire.callbacks.logits import logits_in
 from groundwire.plugins.random import stream
 
@@ -26,6 +29,7 @@ Progress = Callable[[str, float], None]
 """Told what runs, and which share of the whole is done."""
 
 _SHOWN = 8
+_OUTSIDE = 1e-3  # of the box's width, by which rounding may leave the ball
 
 
 def standard_attacks() -> dict[str, Attack]:
@@ -92,11 +96,19 @@ def evaluate_robustness(
     Reference:
         Carlini et al., "On Evaluating Adversarial Robustness", 2019. arXiv:1902.06705
     """
-    if len(x) == 0 or len(x) != len(target):
-        raise ValueError(f"Inputs and labels of at least one sample are needed, got {len(x)} and {len(target)}.")
+    if len(x) == 0:
+        raise ValueError("Inputs and labels of at least one sample are needed, got none.")
+    if any(not 0 <= factor < math.inf for factor in sweep):
+        raise ValueError(f"`sweep` must hold radii of at least 0, in units of eps, got {list(sweep)}.")
     attacks = standard_attacks() if attacks is None else attacks
+    if aimed := [name for name, attack in attacks.items() if getattr(attack, "targeted", False)]:
+        raise ValueError(f"Attacks {aimed} are targeted: at the right labels they would break nothing.")
     if taken := sorted(_TAKEN & set(attacks)):
         raise ValueError(f"Attacks cannot be named {taken}: these names mean something else in a result.")
+    if autoattack:
+        autoattack_package()  # whether it is there is said before the other attacks have run
+    hard = as_target(target, len(x))
+    target = hard.argmax(dim=1) if hard.is_floating_point() else hard
     run = _Evaluation(model, x, target, threat, logits_of, batch_size, seed)
     stages = _stages(run, attacks, sweep, probes, surrogate)
     weights = {name: weight * samples for name, (_, weight, samples) in stages.items()}
@@ -128,9 +140,8 @@ def evaluate_robustness(
                 progress(f"{AUTOATTACK} {name}", min(done / whole, 1.0))
 
         first = x[:autoattack], target[:autoattack]
-        size = max(batch_size, 250)
         found_by = run_autoattack(
-            model, *first, threat, logits_of=logits_of, batch_size=size, seed=seed, on_batch=on_batch
+            model, *first, threat, logits_of=logits_of, batch_size=batch_size, seed=seed, on_batch=on_batch
         )
         parts = {name: alive.cpu() for name, alive in found_by.items()}
     if progress is not None:
@@ -138,7 +149,9 @@ def evaluate_robustness(
     return RobustnessResult(
         threat=threat,
         num_classes=run.num_classes,
+        input_size=x[0].numel(),
         seed=seed,
+        worst_case=run.worst_case(parts).cpu(),
         survived=survived,
         autoattack=parts,
         sweep=dict(sorted(swept.items())),
@@ -174,7 +187,18 @@ class _Evaluation:
         self.x, self.target = x, target
         logits = self.logits(x)
         self.num_classes = logits.shape[1]
+        if int(target.min()) < 0 or int(target.max()) >= self.num_classes:
+            raise ValueError(
+                f"labels {int(target.min())} to {int(target.max())}, but the module gives {self.num_classes} logits: count "
+                "them from 0."
+            )
+        if not torch.equal(self.logits(x[:batch_size]), logits[:batch_size]):
+            rank_zero_warn(
+                "The module gives other outputs for the same inputs a second time: a random network is evaluated with one "
+                "draw an attack, and looks more robust than it is. Average over draws inside of it."
+            )
         self.clean = logits.argmax(dim=1) == target
+        self._broken = ~self.clean  # by anything in the ball
         self.examples: Examples | None = None
         self._swept: Tensor | None = None  # what the sweep has found so far
         self._swept_alive = self.clean
@@ -184,7 +208,7 @@ class _Evaluation:
         with untouched(self.model, "eval", x.device), torch.no_grad():
             found = []
             for part in in_parts(x, self.batch_size):
-                logits = _tensor(self.logits_of(part))
+                logits = _tensor(self.logits_of(part.clone()))
                 if logits.ndim != 2 or len(logits) != len(part):
                     raise ValueError(
                         f"An evaluation needs logits [{len(part)}, classes] for {len(part)} inputs, but the module gives "
@@ -208,6 +232,7 @@ class _Evaluation:
         x, target = self.x[:samples], self.target[:samples]
         alive = (self.clean if alive is None else alive)[:samples].clone()
         adversarial = x.clone() if start is None else start.clone()
+        ball = self.threat if threat is None else threat
         at_once = max(1, self.batch_size // getattr(attack, "num_restarts", 1))
         parts = _without_loners if attack.mode == "train" else in_parts
         for number, index in enumerate(parts(alive.nonzero()[:, 0], at_once)):
@@ -217,14 +242,33 @@ class _Evaluation:
                 victim or self.model,
                 x[index],
                 target[index],
-                threat or self.threat,
+                ball,
                 logits_of=logits_of or (None if victim is not None else self.logits_of),
                 generator=generator,
                 **options,
             )
+            self._refuse_cheating(attack, found, x[index], ball)
             adversarial[index] = found
             alive[index] = self.logits(found).argmax(dim=1) == target[index]
+        if ball.eps <= self.threat.eps:
+            self._broken[: len(alive)] |= ~alive
         return alive, adversarial
+
+    def worst_case(self, autoattack: Mapping[str, Tensor]) -> Tensor:
+        """What withstood everything that has run, and AutoAttack on its first samples."""
+        for alive in autoattack.values():
+            self._broken[: len(alive)] |= ~alive.to(self._broken.device)
+        return ~self._broken
+
+    def _refuse_cheating(self, attack: Attack, found: Tensor, x: Tensor, ball: ThreatModel) -> None:
+        moved, pixels = (self.threat.pixels(t, clamp=False) for t in (found, x))
+        outside = (moved - ball.project(moved, ball.pixels(x))).abs().max()
+        rounding = max(_OUTSIDE, 2 * torch.finfo(x.dtype).eps)
+        if not float(outside) <= rounding * (ball.hi - ball.lo):
+            raise ValueError(
+                f"{type(attack).__name__} gives inputs that are {float(outside):.3g} outside of the ball of eps={ball.eps:g} "
+                f"and the box (pixels up to {float(pixels.max()):.3g}): it does not keep to the threat model."
+            )
 
     def attack(
         self, attack: Attack, name: str, threat: ThreatModel | None = None, samples: int | None = None
@@ -238,7 +282,9 @@ class _Evaluation:
         generator = stream(self.seed, purpose="robustness/noise", on=self.x.device)
         moved = self.threat.uniform(self.threat.pixels(self.x), generator)
         noisy = self.threat.network_input(moved, self.x.dtype)
-        return self.clean & (self.logits(noisy).argmax(dim=1) == self.target)
+        alive = self.clean & (self.logits(noisy).argmax(dim=1) == self.target)
+        self._broken |= ~alive
+        return alive
 
     def swept(self, factor: float) -> Tensor:
         """At a radius not below the last one: samples that fell stay fallen, the others go on from where they were."""
@@ -305,7 +351,7 @@ def _stages(
         stages[f"sweep {float(factor * run.threat.eps)!r}"] = (functools.partial(run.swept, factor), 20, n)
     if probes:
         samples = min(probes, n)
-        huge = run.threat.scaled(huge_radius(run.threat) / run.threat.eps)
+        huge = run.threat.scaled(huge_radius(run.threat, run.x[0].numel()) / run.threat.eps)
         kinds: dict[str, tuple[Attack, ThreatModel | None]] = {
             "fgsm": (FGSM(), None),
             "pgd20_ce": (PGD(20, early_stop=True), None),

@@ -286,6 +286,7 @@ def strategies() -> dict[str, Callable[[], Any]]:
         "plain": lambda: "auto",
         "loop": lambda: EdgeStrategy(num_devices=2, vectorize=False),
         "vectorised": lambda: EdgeStrategy(num_devices=2, vectorize=True),
+        "auto": lambda: EdgeStrategy(num_devices=2),
     }
 
 
@@ -305,9 +306,38 @@ def test_inputs_outside_of_the_box_are_refused(build: Build, strategy: Any) -> N
     batch = next(iter(loader()))
     kinds: list[Any] = [tuple(batch)] if strategy() == "auto" else [tuple(batch), of_devices(tuple(batch))]
     for data in kinds:
+        fresh, ends = copy.deepcopy(module), Steps()
         with pytest.raises(ValueError, match=r"inputs range \[-.*outside \[0, 1\]; pass mean= and std="):
-            trainer(strategy(), callbacks=[build(threat)]).fit(module, Rounds(data))
-        assert torch.equal(weights(module), before)
+            trainer(strategy(), callbacks=[build(threat), ends]).fit(fresh, Rounds(data))
+        # vectorised, values are hidden until the step is over; even then nobody else sees it end
+        if not is_vectorised(strategy):
+            assert torch.equal(weights(fresh), before)
+        assert ends.number == 0
+
+
+class Steps(pl.Callback):
+    """Counts the steps that ended."""
+
+    number = 0
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.number += 1
+
+
+def is_vectorised(strategy: Callable[[], Any]) -> bool:
+    built = strategy()
+    return isinstance(built, EdgeStrategy) and built.vectorize in (True, "auto")
+
+
+@every_strategy
+@every_callback
+def test_a_later_batch_outside_of_the_box_is_refused_too(build: Build, strategy: Any) -> None:
+    threat, ends = ThreatModel(eps=0.1), Steps()
+    x, y = torch.rand(24, FEATURES, generator=torch.Generator().manual_seed(1)), torch.arange(24) % CLASSES
+    data = Rounds((x, y), (x, y), (x + 1, y), (x, y))
+    with pytest.raises(ValueError, match=r"inputs range \[1.*outside \[0, 1\]; pass mean= and std="):
+        fit(strategy(), data=data, callbacks=[build(threat), ends])
+    assert ends.number == 2
 
 
 class Casts(Classifier):
@@ -325,7 +355,10 @@ class Casts(Classifier):
 def test_bytes_are_refused(build: Build, strategy: Any) -> None:
     x = torch.randint(0, 256, (24, FEATURES), dtype=torch.uint8)
     data = Rounds((x, torch.arange(24) % CLASSES))
-    with pytest.raises(TypeError, match="inputs are uint8; attack needs floating inputs"):
+    # asked to run vectorised, the strategy says why it cannot; else it runs the loop
+    forced = getattr(strategy(), "vectorize", None) is True
+    error = MisconfigurationException if forced else TypeError
+    with pytest.raises(error, match="inputs are uint8; attack needs floating inputs"):
         fit(strategy(), Casts(mlp()), data, callbacks=[build()])
 
 
@@ -344,16 +377,24 @@ class TwoInputs(Classifier):
 def test_inputs_that_are_no_tensor_are_refused(build: Build, strategy: Any) -> None:
     x, y = next(iter(loader()))
     with pytest.raises(
-        MisconfigurationException, match=r"attacks one tensor of inputs, but the batch has a (tuple|list)"
+        MisconfigurationException, match=r"attacks one tensor of inputs, but the network is given a (tuple|list)"
     ):
         fit(strategy(), TwoInputs(mlp()), Rounds(((x, x), y)), callbacks=[build()])
 
 
-def test_manual_optimization_is_refused() -> None:
+@pytest.mark.parametrize("build", [b for name, b in BUILD.items() if name not in ("at", "fast")])
+def test_manual_optimization_is_refused_by_what_changes_the_loss(build: Build) -> None:
     module = Classifier(mlp())
     module.automatic_optimization = False
     with pytest.raises(MisconfigurationException, match="automatic_optimization"):
-        fit("auto", module, callbacks=[AdversarialTraining(THREAT)])
+        fit("auto", module, callbacks=[build()], max_epochs=1)
+
+
+@pytest.mark.parametrize("build", [BUILD[name] for name in ("trades", "mart", "cap")], ids=["trades", "mart", "cap"])
+def test_two_of_one_name_are_refused(build: Build) -> None:
+    """Where Lightning does not: of those that keep a state it refuses two itself."""
+    with pytest.raises(MisconfigurationException, match=r"Two callbacks \w+ are named .*Give each a name"):
+        fit("auto", callbacks=[build(), build()])
 
 
 # ---------------------------------------------------------------- where inputs and logits are
@@ -379,10 +420,11 @@ def test_unpack_picks_inputs_and_labels_from_a_nested_batch(build: Build, strate
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_inputs_that_are_not_the_batchs_own_cannot_be_replaced() -> None:
+def test_inputs_need_not_be_a_tensor_of_the_batch_itself() -> None:
     source = LogitsSource(unpack=lambda batch: (batch[0] * 1, batch[1]))
-    with pytest.raises(MisconfigurationException, match="are not a tensor of the batch itself"):
-        fit("auto", callbacks=[AdversarialTraining(THREAT, source=source)])
+    attack = lambda: PGD(2, track="last")
+    found, _, _ = fit("auto", callbacks=[AdversarialTraining(THREAT, attack(), source=source)])
+    assert torch.equal(found, fit("auto", callbacks=[AdversarialTraining(THREAT, attack())])[0])
 
 
 class NoForward(pl.LightningModule):
@@ -433,12 +475,127 @@ def test_where_no_logits_are_it_says_so() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return F.cross_entropy(self.head(batch[0]), batch[1])
 
-    with pytest.raises(MisconfigurationException, match=r"'head' is not called by Elsewhere.forward"):
-        fit("auto", Elsewhere(), callbacks=[AdversarialTraining(THREAT, source=LogitsSource("head"))])
+    class Both(Elsewhere):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return F.cross_entropy(self(batch[0]), batch[1]) + super().training_step(batch, batch_idx)
+
+    head = AdversarialTraining(THREAT, source=LogitsSource("head"))
+    fit("auto", Elsewhere(), callbacks=[head], steps=1)  # the head alone is the network then
+    with pytest.raises(MisconfigurationException, match=r"'head' is not called by the forward of Both"):
+        fit("auto", Both(), callbacks=[head], steps=1)
+
+
+@every_callback
+def test_modules_without_what_is_attacked_are_refused_before_the_first_step(build: Build) -> None:
+    with pytest.raises(MisconfigurationException, match=r"Classifier has no submodule 'nowhere'; it has network, net"):
+        fit("auto", callbacks=[build(source=LogitsSource("nowhere"))])
+    with pytest.raises(MisconfigurationException, match=r"NoForward has no `forward`.*LogitsSource\('net'\)"):
+        fit("auto", NoForward(), callbacks=[build()])
+
+
+class OnFeatures(NoForward):
+    """Its step calls the body and the head one after the other."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self.network[2](self.network[:2](batch[0])), batch[1])  # type: ignore[index,operator]
+
+
+@every_callback
+def test_a_submodule_that_is_given_features_is_refused(build: Build) -> None:
+    with pytest.raises(
+        MisconfigurationException, match=r"'network.2' is given \(24, 16\) and the batch holds \(24, 12\)"
+    ):
+        fit("auto", OnFeatures(), callbacks=[build(source=LogitsSource("network.2"))])
+
+
+class Scales(Classifier):
+    """Gives its network inputs by name or first, and a number."""
+
+    def __init__(self, by_name: bool, scale: Any = 2.0) -> None:
+        super().__init__(mlp())
+        self.by_name, self.scale = by_name, scale
+
+    def forward(self, inputs: Tensor, scale: Any = 1.0) -> Tensor:
+        found: Tensor = scale * self.network(inputs)
+        return found
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        return F.cross_entropy(self(inputs=x, scale=self.scale) if self.by_name else self(x, self.scale), y)
+
+
+@every_callback
+def test_other_arguments_of_the_network_stay_those_of_the_step(build: Build) -> None:
+    class Fixed(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2.0 * super().forward(x)
+
+    expected, _, _ = fit("auto", Fixed(mlp()), callbacks=[build()])
+    for by_name in (True, False):
+        assert torch.equal(fit("auto", Scales(by_name), callbacks=[build()])[0], expected)
+    with pytest.raises(MisconfigurationException, match="takes a second tensor beside its inputs"):
+        fit("auto", Scales(True, torch.tensor(2.0)), callbacks=[build()])
+
+
+@pytest.mark.parametrize("name", ["trades", "mart", "cap", "at_aka"])
+def test_a_module_without_forward_is_attacked_at_what_its_network_is_given(name: str) -> None:
+    """The step normalises: the ball is around that, in which a tiny one changes nothing."""
+
+    class Normalises(NoForward):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.given = (batch[0] - 0.5) / 2
+            return F.cross_entropy(self.network(self.given), batch[1])
+
+    seen: list[Tensor] = []
+
+    class Notes(SVGD if name == "at_aka" else CornerSearch if name == "cap" else PGD):  # type: ignore[misc]
+        def particles(self, model: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            seen.append(x.detach().clone())
+            return super().particles(model, x, *args, **kwargs)
+
+        def __call__(self, model: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            seen.append(x.detach().clone())
+            return super().__call__(model, x, *args, **kwargs)
+
+    threat = ThreatModel(1e-6, lo=-BOX, hi=BOX, mean=0.5, std=2.0)
+    callback = BUILD[name](threat, source=LogitsSource("network"))
+    attack = Notes(2, num_steps=2) if name in ("cap", "at_aka") else Notes(2, start="gaussian", track="last")
+    setattr(callback, "search" if name == "cap" else "attack", attack)
+    _, t, _ = fit("auto", Normalises(), callbacks=[callback], steps=1, precision="64-true")
+    x, y = next(iter(loader()))
+    given = (x.double() - 0.5) / 2
+    assert torch.equal(seen[0], given)
+    logged = {key: float(value) for key, value in t.callback_metrics.items()}
+    right = float((mlp().double()(given).argmax(dim=1) == y).float().mean())
+    assert logged[f"{name}/robust_acc"] == pytest.approx(right)
+    if name in ("trades", "cap"):
+        assert 0 < logged["trades/kl" if name == "trades" else "cap/distance"] < 1e-9
+
+
+def test_callbacks_can_be_copied_during_and_after_a_fit() -> None:
+    """What they remember of a step holds no graph."""
+
+    class Copies(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            for callback in trainer.callbacks:
+                if isinstance(callback, AdversarialCallback):
+                    copy.deepcopy(callback.victim)
+
+    class Embeds(Classifier):
+        def __init__(self) -> None:
+            super().__init__(mlp())
+            self.first = nn.Linear(FEATURES, FEATURES)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return F.cross_entropy(self(self.first(batch[0]).tanh()), batch[1])
+
+    for strategy in strategies().values():
+        for build in BUILD.values():
+            fit(strategy(), Embeds(), callbacks=[build(), Copies()], steps=1)
 
 
 def test_what_the_step_makes_of_the_batch_is_attacked() -> None:
-    """TRADES sees augmented inputs; adversarial training hands the attack's to the augmentation."""
+    """By TRADES and by adversarial training alike."""
 
     class Flips(Classifier):
         def __init__(self) -> None:
@@ -462,7 +619,7 @@ def test_what_the_step_makes_of_the_batch_is_attacked() -> None:
     assert torch.equal(attack.given, -x)
     attack = Notes()
     fit("auto", Flips(), callbacks=[AdversarialTraining(THREAT, attack)], steps=1)
-    assert torch.equal(attack.given, x)
+    assert torch.equal(attack.given, -x)
 
 
 # ---------------------------------------------------------------- beside other callbacks

@@ -17,14 +17,18 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from groundwire.callbacks.adversarial import (
     FGSM,
+    MART,
     PGD,
     TRADES,
+    AdaptiveKnowledgeAmalgamation,
     AdversarialTraining,
     Attack,
+    ConfinedPolytopes,
     RandomFGSM,
     ThreatModel,
     adversarial_training,
 )
+from groundwire.callbacks.logits import LogitsSource
 from groundwire.plugins.edge import Aggregator, EdgeStrategy, LocalSGD
 from groundwire.plugins.random import stream
 from helpers.callbacks import check_step_callback
@@ -49,14 +53,20 @@ EXACT: dict[str, Any] = {"precision": "64-true"}
 
 
 class Sees(Classifier):
-    """Remembers the batches that its own step sees."""
+    """Remembers the batches that its own step sees, and what its network sees."""
 
     def __init__(self, network: nn.Module | None = None, **options: Any) -> None:
         super().__init__(network if network is not None else mlp(), **options)
-        self.seen: list[Any] = []
+        self.batches: list[Any] = []
+        self.inputs: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:  # the attack asks it in evaluation mode
+            self.inputs.append(x.detach().clone())
+        return super().forward(x)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self.seen.append(batch)
+        self.batches.append(batch)
         return super().training_step(batch, batch_idx)
 
 
@@ -106,7 +116,7 @@ def train_by_hand(attack: Callable[[nn.Module, Tensor, Tensor, int], Tensor], st
     ids=["pgd", "best", "fast", "l2"],
 )
 def test_it_is_a_step_callback(build: Callable[[], AdversarialTraining]) -> None:
-    check_step_callback(build, replaces_inputs=True)
+    check_step_callback(build)
 
 
 def test_trains_as_adversarial_training_written_by_hand() -> None:
@@ -154,11 +164,12 @@ def test_mix_attacks_the_first_rows_and_no_others(mix: float, rows: int) -> None
     t = trainer(steps=1, callbacks=[AdversarialTraining(THREAT, FGSM(), mix=mix)])
     t.fit(module, loader())
     x, y = next(iter(loader()))
-    seen, labels = module.seen[0]
+    (batch,), (seen,) = module.batches, module.inputs
+    assert torch.equal(batch[0], x), "the step's batch stays clean"
+    assert torch.equal(batch[1], y)
     assert torch.equal(seen[rows:], x[rows:])
     assert bool(((seen[:rows] - x[:rows]).abs().amax(dim=1) > 0.9 * EPS).all())
     assert float((seen - x).abs().max()) <= EPS + 1e-6
-    assert torch.equal(labels, y)
 
 
 def test_the_data_are_not_changed() -> None:
@@ -193,6 +204,126 @@ def test_soft_labels_are_attacked_by_their_cross_entropy() -> None:
     torch.testing.assert_close(found, weights(network), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", [torch.int64, torch.float32])
+def test_one_hot_labels_train_as_class_indices(kind: torch.dtype) -> None:
+    class OneHot(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return F.cross_entropy(self(batch[0]), batch[1].to(batch[0].dtype))
+
+    run: dict[str, Any] = {"steps": 3, **EXACT}
+    data = Rounds(*((x, F.one_hot(y, CLASSES).to(kind)) for x, y in loader()))
+    build = lambda: AdversarialTraining(THREAT, PGD(2, track="last"), mix=0.5)
+    found, _, _ = fit("auto", OneHot(mlp()), data, callbacks=[build()], **run)
+    expected, _, _ = fit("auto", callbacks=[build()], **run)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("submodule", [False, True])
+def test_what_a_step_makes_of_its_batch_is_attacked(submodule: bool) -> None:
+    """Normalised inputs with the mean and std of the threat model equal pixels and a network that normalises."""
+    mean, std = 0.5, 2.0
+
+    class Normalises(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            network = self.network if submodule else self
+            return F.cross_entropy(network((batch[0] - mean) / std), batch[1])
+
+    class Inside(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward((x - mean) / std)
+
+    attack = lambda: PGD(2, track="last")
+    normalised = ThreatModel(EPS, lo=-BOX, hi=BOX, mean=mean, std=std)
+    source = LogitsSource("network") if submodule else None
+    callback = AdversarialTraining(normalised, attack(), source=source)
+    found, _, _ = fit("auto", Normalises(mlp()), callbacks=[callback], **EXACT)
+    expected, _, _ = fit("auto", Inside(mlp()), callbacks=[AdversarialTraining(THREAT, attack())], **EXACT)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    clean, _, _ = fit("auto", Inside(mlp()), **EXACT)
+    assert (found - clean).abs().max() > 1e-3
+
+
+class TwoCalls(Classifier):
+    """Calls its network twice in a step, on the same inputs or on others."""
+
+    def __init__(self, same: bool) -> None:
+        super().__init__(mlp())
+        self.same = same
+        self.outputs: list[Tensor] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        logits = [self(x), self(x if self.same else -x)]
+        self.outputs += [found.detach() for found in logits]
+        return sum(F.cross_entropy(found, y) for found in logits) / 2
+
+
+@pytest.mark.parametrize("call", ["first", 0, 1, "last"])
+def test_of_several_calls_the_one_of_the_source_is_attacked(call: Any) -> None:
+    """``"last"`` cannot be known before it comes: every call with a graph is attacked."""
+    module = TwoCalls(same=False)
+    source = LogitsSource(call=call)
+    trainer(steps=1, callbacks=[AdversarialTraining(THREAT, FGSM(), source=source)]).fit(module, loader())
+    x, _ = next(iter(loader()))
+    moved = [not torch.allclose(a, mlp()(b)) for a, b in zip(module.outputs, (x, -x), strict=True)]
+    assert moved == {"first": [True, False], 0: [True, False], 1: [False, True], "last": [True, True]}[call]
+
+
+def test_a_second_call_on_the_same_inputs_gets_what_the_first_got() -> None:
+    attack, module = Counted(), TwoCalls(same=True)
+    trainer(steps=2, callbacks=[AdversarialTraining(THREAT, attack)]).fit(module, loader())
+    assert attack.calls == 2
+    assert torch.equal(*module.outputs[:2])
+
+
+class Counted(FGSM):
+    """Counts its calls."""
+
+    calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.calls += 1
+        return super().__call__(*args, **kwargs)
+
+
+def test_calls_without_a_graph_see_clean_inputs() -> None:
+    """As those of a metric or an exponential average."""
+    attack = Counted()
+
+    class Measures(TwoCalls):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            with torch.no_grad():
+                self.outputs.append(self(batch[0]))
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+    module = Measures(same=True)
+    trainer(steps=1, callbacks=[AdversarialTraining(THREAT, attack)]).fit(module, loader())
+    torch.testing.assert_close(module.outputs[0], mlp()(next(iter(loader()))[0]).detach())
+    assert attack.calls == 1
+
+
+def test_manual_optimization_equals_automatic() -> None:
+    class Manual(Classifier):
+        automatic_optimization = False
+
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+
+    module, plain = Manual(mlp()), Classifier(mlp())
+    build = lambda: AdversarialTraining(THREAT, PGD(2, track="last"), overfit_guard=0.9)
+    # bounded by batches too: a step that never steps its optimizer would go on for ever
+    trainer(steps=3, callbacks=[build()], max_epochs=1, limit_train_batches=3).fit(module, loader())
+    trainer(steps=3, callbacks=[build()], max_epochs=1, limit_train_batches=3).fit(plain, loader())
+    assert torch.equal(weights(module), weights(plain))
+
+
 # ---------------------------------------------------------------- refused
 
 
@@ -218,13 +349,46 @@ def test_impossible_arguments_are_refused(options: dict[str, Any], message: str)
     [
         (AdversarialTraining(THREAT, name="again"), r"AdversarialTraining \('again'\) also replaces it"),
         (TRADES(THREAT), r"TRADES \('trades'\) attacks what the step sees"),
+        (MART(THREAT), r"MART \('mart'\) attacks what the step sees"),
+        (ConfinedPolytopes(THREAT), r"ConfinedPolytopes \('cap'\) attacks what the step sees"),
+        (
+            AdaptiveKnowledgeAmalgamation(THREAT, [mlp(), mlp()]),
+            r"AdaptiveKnowledgeAmalgamation \('at_aka'\) attacks what the step sees",
+        ),
     ],
 )
 @pytest.mark.parametrize("swapped", [False, True])
 def test_another_attack_beside_it_is_refused(other: pl.Callback, message: str, swapped: bool) -> None:
     callbacks = [AdversarialTraining(THREAT), other]
-    with pytest.raises(MisconfigurationException, match="replaces the module's input" if swapped else message):
+    both_replace = isinstance(other, AdversarialTraining)  # which then names the other
+    with pytest.raises(
+        MisconfigurationException, match="replaces the module's input" if swapped and both_replace else message
+    ):
         fit("auto", callbacks=callbacks[::-1] if swapped else callbacks)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda self, x: self.network(x),
+        lambda self, x: self.forward(x),  # goes past hooks
+    ],
+    ids=["submodule", "forward"],
+)
+def test_a_step_in_which_nothing_can_be_replaced_is_refused(step: Callable[[Any, Tensor], Tensor]) -> None:
+    class Passes(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return F.cross_entropy(step(self, batch[0]), batch[1])
+
+    module = Passes(mlp())
+    before = weights(module)
+    with pytest.raises(
+        MisconfigurationException,
+        match=r"found nothing to replace: the step calls neither Passes.forward.*LogitsSource\('net'\)",
+    ):
+        trainer(callbacks=[AdversarialTraining(THREAT, FGSM())]).fit(module, loader())
+    assert torch.equal(weights(module), before)
+    fit("auto", Passes(mlp()), callbacks=[AdversarialTraining(THREAT, FGSM(), source=LogitsSource("network"))])
 
 
 # ---------------------------------------------------------------- the guard
@@ -421,6 +585,33 @@ def test_the_guard_starts_anew_in_another_fit() -> None:
     fit("auto", data=separable(), callbacks=[callback], steps=4)
     fit("auto", callbacks=[callback], steps=4)
     assert torch.equal(callback._guard["inputs"], next(iter(loader()))[0])
+
+
+def test_the_guard_keeps_what_the_network_sees_of_at_most_256_samples() -> None:
+    class Normalises(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return F.cross_entropy(self((batch[0] - 0.5) / 2), batch[1])
+
+    data = loader(batch_size=300, samples=600)
+    callback = AdversarialTraining(
+        ThreatModel(EPS, lo=-BOX, hi=BOX, mean=0.5, std=2.0), FGSM(), mix=0.5, overfit_guard=1.0
+    )
+    fit("auto", Normalises(mlp()), data, callbacks=[callback], steps=2)
+    x, y = next(iter(data))
+    assert torch.equal(callback._guard["inputs"], ((x - 0.5) / 2)[:256])
+    assert torch.equal(callback._guard["target"], y[:256])
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_the_guard_has_samples_of_all_devices(vectorize: bool) -> None:
+    callback = AdversarialTraining(THREAT, FGSM(), overfit_guard=1.0)
+    fit(EdgeStrategy(num_devices=4, vectorize=vectorize), callbacks=[callback], steps=3)
+    x, y = next(iter(loader()))
+    inputs, target = callback._guard["inputs"], callback._guard["target"]
+    assert inputs.shape == x.shape
+    order = [int((x == row).all(dim=1).nonzero()) for row in inputs]
+    assert sorted(order) == list(range(24)), "every sample once"
+    assert torch.equal(target, y[order])
 
 
 # ---------------------------------------------------------------- federated adversarial learning

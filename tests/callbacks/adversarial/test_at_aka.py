@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from groundwire.callbacks.adversarial import (
     SVGD,
     TRADES,
     AdaptiveKnowledgeAmalgamation,
-    AdversarialTraining,
     ThreatModel,
 )
 from groundwire.plugins.edge import EdgeStrategy
@@ -432,10 +430,3 @@ def test_it_must_come_after_terms_that_it_would_weigh() -> None:
     fit("auto", callbacks=[build(eta=1.0), trades], steps=1)
     fit("auto", callbacks=[trades, build()], steps=1)
     fit("auto", callbacks=[build(), MART(THREAT)], steps=1)  # which replaces the module's own loss
-
-
-def test_on_adversarial_inputs_its_own_loss_is_theirs() -> None:
-    module = Classifier(mlp())
-    alone, _, _ = fit("auto", copy.deepcopy(module), callbacks=[build(eta=1.0)], steps=2)
-    both, _, _ = fit("auto", module, callbacks=[build(eta=1.0), AdversarialTraining(THREAT)], steps=2)
-    assert not torch.equal(alone, both)

@@ -23,6 +23,8 @@ from groundwire.callbacks import LogitsSource, Tap
 from groundwire.callbacks.adversarial import FGSM, PGD, SVGD, Attack, RandomFGSM, ThreatModel, ThunderNNA
 from groundwire.callbacks.adversarial.functional import attack_loss, linear_worst_case_margin
 from groundwire.callbacks.adversarial.threat import Norm
+from groundwire.callbacks.checks import as_target
+from groundwire.plugins.random import stream
 from helpers.edge import generator
 
 NORMS: tuple[Norm, ...] = ("linf", "l2")
@@ -262,16 +264,23 @@ def test_attacks_do_harm(name: str) -> None:
 
 
 @every_attack
-def test_without_a_generator_attacks_draw_from_the_global_stream_and_put_it_back(name: str) -> None:
+def test_without_a_generator_attacks_draw_from_a_stream_of_the_seed_and_their_calls(name: str) -> None:
     model, x, y, threat = network(), images(), labels(10), ThreatModel(0.1)
-    state = torch.get_rng_state()
-    first = ATTACKS[name]()(model, x, y, threat)
-    assert torch.equal(torch.get_rng_state(), state)
+    attack, state = ATTACKS[name](), torch.get_rng_state()
+    first, second = (attack(model, x, y, threat) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state), "the global stream stays where it was"
     assert torch.equal(ATTACKS[name]()(model, x, y, threat), first)
-    g = torch.Generator()
-    g.set_state(state)
-    assert torch.equal(ATTACKS[name]()(model, x, y, threat, generator=g), first)
-    assert torch.equal(torch.get_rng_state(), state)
+    for number, found in enumerate((first, second)):
+        g = stream(torch.initial_seed(), purpose="attack", round=number)
+        assert torch.equal(ATTACKS[name]()(model, x, y, threat, generator=g), found)
+    starts_at_random = name in {"random_fgsm", "pgd_last", "last_of_restarts", "kl", "train", "svgd"}
+    assert not starts_at_random or not torch.equal(first, second), "restarts are worth something"
+    with torch.random.fork_rng():
+        torch.rand(7)
+        assert torch.equal(ATTACKS[name]()(model, x, y, threat), first), "however much was drawn before"
+        torch.manual_seed(5)
+        other = ATTACKS[name]()(model, x, y, threat)
+    assert not starts_at_random or not torch.equal(other, first)
 
 
 # ---------------------------------------------------------------- one step
@@ -329,6 +338,28 @@ def test_thundernna_with_a_quantile_moves_large_gradients_less() -> None:
     order = g.abs().argsort()
     assert bool((found.abs()[order].diff() <= 1e-7).all())
     assert float((g * found).sum()) < eps * float(g.abs().sum())
+
+
+@pytest.mark.parametrize("quantile", [0.01, 0.5, 0.99])
+def test_thundernna_with_a_quantile_moves_where_most_gradients_are_zero(quantile: float) -> None:
+    """The quantile is that of the others, as if the pixels without a gradient were not there."""
+    model, few = nn.Linear(40, 2, bias=False), nn.Linear(5, 2, bias=False)
+    with torch.no_grad():
+        few.weight.copy_(torch.linspace(-2, 3, 10).reshape(2, 5))
+        model.weight.zero_()
+        model.weight[:, 3:8] = few.weight
+    x, y = torch.full((3, 40), 0.5), torch.tensor([0, 1, 0])
+    delta = ThunderNNA(quantile=quantile)(model, x, y, ThreatModel(0.1)) - x
+    expected = ThunderNNA(quantile=quantile)(few, x[:, :5], y, ThreatModel(0.1)) - x[:, :5]
+    torch.testing.assert_close(delta[:, 3:8], expected)
+    assert float(delta[:, 3:8].abs().amax(dim=1).min()) == pytest.approx(0.1, abs=1e-6), "it reaches the edge"
+    assert not delta[:, :3].any()
+    assert not delta[:, 8:].any()
+    nothing = nn.Linear(40, 2, bias=False)
+    with torch.no_grad():
+        nothing.weight.zero_()
+    with pytest.warns(UserWarning, match="zero input gradient"):
+        assert torch.equal(ThunderNNA(quantile=quantile)(nothing, x, y, ThreatModel(0.1)), x)
 
 
 @pytest.mark.parametrize(("zero_grad", "moved"), [("zero", 0.0), ("eps", 0.1)])
@@ -726,10 +757,91 @@ def test_the_mode_of_the_network_is_the_one_asked_for() -> None:
     seen: list[list[bool]] = []
     look = lambda u: seen.append([sub.training for sub in model.modules()]) or model(u)
     for mode, expected in (("eval", False), ("train", True)):
-        seen.clear()
-        PGD(num_steps=2, mode=mode)(model, images(), labels(10), ThreatModel(0.1), logits_of=look)
-        assert seen
-        assert all(flag is expected for flags in seen for flag in flags)
+        for training in (True, False):
+            model = residual(training)
+            own = [sub.training for sub in model.modules()]
+            assert set(own) == {True, False}
+            seen.clear()
+            PGD(num_steps=2, mode=mode)(model, images(), labels(10), ThreatModel(0.1), logits_of=look)
+            assert seen
+            if mode == "train" and training:  # frozen parts of a module that is in training stay frozen
+                assert all(flags == own for flags in seen)
+            else:
+                assert all(flag is expected for flags in seen for flag in flags)
+
+
+def test_a_frozen_batchnorm_is_attacked_with_the_statistics_it_has() -> None:
+    model, x, y = residual(training=True), images(), labels(10)
+    model.body[1].eval()
+    model.body[3].p = 0.0
+    frozen = PGD(num_steps=2, mode="train")(model, x, y, ThreatModel(0.1), generator=generator())
+    assert torch.equal(frozen, PGD(num_steps=2)(model, x, y, ThreatModel(0.1), generator=generator()))
+    model.eval()
+    assert not torch.equal(frozen, PGD(num_steps=2, mode="train")(model, x, y, ThreatModel(0.1), generator=generator()))
+
+
+class Counts(nn.Module):
+    """Counts its calls in a buffer, in place or by another tensor."""
+
+    calls: Tensor
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.network, self.in_place = network(), in_place
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.in_place:
+            self.calls += 1
+        else:
+            self.calls = self.calls + 1
+        found: Tensor = self.network(x)
+        return found
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("training", [True, False])
+def test_buffers_are_put_back_in_either_mode(in_place: bool, mode: Any, training: bool) -> None:
+    model = Counts(in_place).train(training)
+    model.calls += 4
+    before = model.calls
+    counted: list[int] = []
+
+    def look(u: Tensor) -> Tensor:
+        found: Tensor = model(u)
+        counted.append(int(model.calls))
+        return found
+
+    PGD(num_steps=3, mode=mode)(model, images(), labels(10), ThreatModel(0.1), logits_of=look)
+    assert len(counted) >= 3
+    assert counted == list(range(5, 5 + len(counted))), "within the attack it counts"
+    assert model.calls is before
+    assert int(model.calls) == 4
+
+
+def test_dropout_draws_other_masks_in_an_attack_than_the_step_will() -> None:
+    """And others with every batch; the module's own stream is not moved."""
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(48, 3)).train()
+    masks: list[Tensor] = []
+    handle = model[1].register_forward_hook(lambda _, __, out: masks.append(out.detach() != 0))
+    attack = PGD(num_steps=1, mode="train", start="clean", track="last")
+    x, y, state = images().clamp_min(0.1), labels(10), torch.get_rng_state()
+    for seed in (2, 5):
+        attack(model, x, y, ThreatModel(0.1), generator=generator(seed))
+    assert torch.equal(torch.get_rng_state(), state)
+    model(x)
+    torch.set_rng_state(state)
+    handle.remove()
+    assert len({tuple(mask.flatten().tolist()) for mask in (masks[0], masks[-2], masks[-1])}) == 3
+
+
+def test_a_network_that_begins_in_place_is_attacked_as_another() -> None:
+    model, x, y = network(), 0.2 + 0.6 * images(), labels(10)
+    in_place = nn.Sequential(nn.ReLU(inplace=True), model)  # which changes nothing above 0
+    found = PGD(num_steps=3)(in_place, x, y, ThreatModel(0.1), generator=generator())
+    assert torch.equal(x, 0.2 + 0.6 * images())
+    assert torch.equal(found, PGD(num_steps=3)(model, x, y, ThreatModel(0.1), generator=generator()))
 
 
 def test_buffers_move_within_an_attack_in_training_mode() -> None:
@@ -1000,6 +1112,79 @@ def test_large_steps_are_warned_of() -> None:
         PGD(num_steps=1, step_size=0.3)(model, x, y, ThreatModel(0.1))
         PGD(num_steps=2, step_size=0.2)(model, x, y, ThreatModel(0.1))
         PGD(num_steps=2)(model, x, y, ThreatModel(0.1))
+
+
+@pytest.mark.parametrize("factor", [1e-3, 0.25, 1.0, 4.0])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_step_size_scales_with_the_radius(factor: float, norm: Norm) -> None:
+    """As while the radius grows: no warning, and the step is ``factor`` times as long."""
+    model, x, y = network().double(), 0.4 + 0.2 * images().double(), labels(10)
+    threat = ThreatModel(0.05, norm, lo=-9, hi=9).scaled(factor)
+    attack = PGD(num_steps=2, step_size=0.02, start="clean", track="last")
+    with no_warnings():
+        found = attack(model, x, y, threat)
+    by_hand = x.clone()
+    for _ in range(2):
+        g = gradient(model, by_hand, y)
+        unit = g.sign() if norm == "linf" else g / g.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
+        by_hand = by_hand + factor * 0.02 * unit
+    np.testing.assert_allclose(found, by_hand.numpy(), rtol=0, atol=1e-10)
+    with pytest.warns(UserWarning, match=f"step_size={0.2 * factor:g} is more than twice eps={0.05 * factor:g}"):
+        PGD(num_steps=2, step_size=0.2)(model, x, y, threat)
+
+
+# ---------------------------------------------------------------- labels
+
+
+def test_labels_are_brought_into_the_form_that_losses_take() -> None:
+    y = torch.tensor([2, 0, 1])
+    one_hot = F.one_hot(y, 3)
+    for form in (y, y.int(), y[:, None], y.to(torch.uint8), y.float(), y.float()[:, None]):
+        found = as_target(form, 3)
+        assert found.dtype == torch.int64
+        assert torch.equal(found, y)
+    for dtype in (torch.int64, torch.uint8, torch.bool):
+        found = as_target(one_hot.to(dtype), 3)
+        assert found.dtype == torch.float32
+        assert torch.equal(found, one_hot.float())
+    soft = (0.7 * one_hot + 0.1).double()
+    assert as_target(soft, 3) is soft
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, 1]), r"there are 3 inputs and labels of shape \(2,\).*LogitsSource\(unpack"),
+        (torch.zeros(4, 1, dtype=torch.int64), r"labels of shape \(4, 1\): expected class indices \[3\]"),
+        (torch.eye(4), r"there are 3 inputs and labels of shape \(4, 4\)"),
+        (torch.eye(3)[:, :, None].long(), r"labels of shape \(3, 3, 1\)"),
+        (torch.rand(3, 4) + 0.5, "are no distributions over classes"),
+        (torch.tensor([[1.5, -0.5]] * 3), "are no distributions over classes"),
+        (torch.tensor([[1, 1, 0]] * 3), "are no distributions over classes"),  # several labels a sample
+        (torch.tensor([0.5, 1.0, 2.0]), "labels are fractions, not class indices"),
+    ],
+)
+def test_labels_that_fit_no_batch_are_refused(labels: Tensor, message: str) -> None:
+    for attempt in (
+        lambda: as_target(labels, 3),
+        lambda: FGSM()(nn.Linear(6, 3), torch.rand(3, 6), labels, ThreatModel(0.1)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attempt()
+
+
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "restarts", "train", "svgd", "thundernna_quantile"])
+def test_attacks_take_labels_in_every_form(name: str) -> None:
+    model, x, y, threat = network(), images(), labels(10), ThreatModel(0.1)
+    found = [
+        ATTACKS[name]()(model, x, given, threat, generator=generator()) for given in (y, y.int()[:, None], y.float())
+    ]
+    assert all(torch.equal(one, found[0]) for one in found)
+    if name in ("fgsm", "pgd", "thundernna_quantile"):  # on the cross entropy of distributions
+        one_hot = F.one_hot(y, 3)
+        hard, soft = (ATTACKS[name]()(model, x, o, threat, generator=generator()) for o in (one_hot, one_hot.float()))
+        assert torch.equal(hard, soft)
+        np.testing.assert_allclose(hard, found[0].numpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize("attack", [PGD(), PGD(num_restarts=3), FGSM(), ThunderNNA(), SVGD()])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from groundwire.callbacks.adversarial import FGSM, MART, PGD, TRADES, AdversarialTraining, ThreatModel
+from groundwire.callbacks.adversarial import FGSM, MART, PGD, TRADES, ConfinedPolytopes, ThreatModel
 from groundwire.plugins.random import stream
 from helpers.callbacks import check_step_callback
 from helpers.edge import CLASSES, Classifier, fit, loader, mlp, weights
@@ -111,7 +111,7 @@ def test_it_must_come_after_what_it_would_replace() -> None:
     message = "MART replaces the loss of the step inside of it, and so the terms of {}"
     for other, name in (
         (TRADES(THREAT, attack=FGSM()), "TRADES"),
-        (AdversarialTraining(THREAT), "AdversarialTraining"),
+        (ConfinedPolytopes(THREAT), "ConfinedPolytopes"),
     ):
         with pytest.raises(MisconfigurationException, match=message.format(name)):
             fit("auto", callbacks=[MART(THREAT, attack=FGSM()), other])

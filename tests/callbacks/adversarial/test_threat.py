@@ -225,9 +225,24 @@ def test_pixels_and_back(mean: Any, std: Any, dtype: torch.dtype) -> None:
     np.testing.assert_allclose(back.double().numpy(), x.double().numpy(), atol=8 * accuracy)
 
 
-def test_scaled_changes_the_radius_alone() -> None:
+def test_scaled_changes_the_radius_and_remembers_by_how_much() -> None:
     threat = ThreatModel(0.1, "l2", -1, 2, MEAN, STD)
-    assert threat.scaled(2.5) == ThreatModel(0.25, "l2", -1, 2, MEAN, STD)
+    found, expected = threat.scaled(2.5), ThreatModel(0.25, "l2", -1, 2, MEAN, STD)
+    names = ("eps", "norm", "lo", "hi", "mean", "std")
+    assert [getattr(found, name) for name in names] == [getattr(expected, name) for name in names]
+    assert (threat.step_scale, found.step_scale, found.scaled(0.5).step_scale) == (1.0, 2.5, 1.25)
+    assert found == threat.scaled(2.5)
+    with pytest.raises(TypeError):
+        ThreatModel(0.1, step_scale=2.0)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_pixels_are_clamped_or_not(normalised: bool) -> None:
+    threat = ThreatModel(0.1, mean=0.5, std=2.0) if normalised else ThreatModel(0.1)
+    raw = torch.tensor([[-0.5, 0.25, 1.5]])
+    x = (raw - 0.5) / 2 if normalised else raw
+    assert torch.equal(threat.pixels(x, clamp=False), raw)
+    assert torch.equal(threat.pixels(x), torch.tensor([[0.0, 0.25, 1.0]]))
 
 
 # ---------------------------------------------------------------- errors
@@ -241,7 +256,10 @@ def test_scaled_changes_the_radius_alone() -> None:
         ({"eps": float("nan")}, "`eps` must be positive, got nan"),
         ({"eps": float("inf")}, "`eps` must be positive, got inf"),
         ({"eps": 0.1, "norm": "l1"}, "`norm` must be 'linf' or 'l2', got 'l1'"),
-        ({"eps": 0.1, "lo": 1, "hi": 1}, "`lo` must be below `hi`, got 1 and 1"),
+        ({"eps": 0.1, "lo": 1, "hi": 1}, "`lo` must be below `hi`, both finite, got 1 and 1"),
+        ({"eps": 0.1, "lo": float("-inf")}, "both finite, got -inf and 1"),
+        ({"eps": 0.1, "hi": float("inf")}, "both finite, got 0.0 and inf"),
+        ({"eps": 0.1, "hi": float("nan")}, "both finite, got 0.0 and nan"),
         ({"eps": 0.1, "mean": 0.5}, "Give both `mean` and `std`"),
         ({"eps": 0.1, "std": 0.5}, "Give both `mean` and `std`"),
         ({"eps": 0.1, "mean": [0.5, 0.5], "std": [0.5, 0.0]}, "`std` must be positive"),
@@ -282,6 +300,17 @@ def test_rounding_and_empty_batches_are_no_error() -> None:
     ThreatModel(0.1).check(torch.tensor([[-5e-5, 1 + 5e-5]]))
     ThreatModel(0.1).check(torch.zeros(0, 3))
     ThreatModel(0.1, lo=-3, hi=3).check(torch.tensor([[-2.12, 2.64]]))
+
+
+@pytest.mark.parametrize(("lo", "hi"), [(0.0, 1.0), (-3.0, 3.0), (0.0, 255.0)])
+def test_a_range_may_leave_the_box_by_rounding_alone(lo: float, hi: float) -> None:
+    threat, wide = ThreatModel(0.1, lo=lo, hi=hi), hi - lo
+    threat.check_range(lo, hi)
+    threat.check_range(lo - 0.9e-4 * wide, hi + 0.9e-4 * wide)
+    threat.check_range(lo - 0.009 * wide, hi, rounding=0.01)
+    for low, high in ((lo - 1.1e-4 * wide, hi), (lo, hi + 1.1e-4 * wide), (math.nan, hi), (lo, math.nan)):
+        with pytest.raises(ValueError, match=r"inputs range \[.*outside \["):
+            threat.check_range(low, high)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 4, 4), (2, 4, 4), (3,)])
