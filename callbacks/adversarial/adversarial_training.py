@@ -103,8 +103,8 @@ class AdversarialTraining(AdversarialCallback):
         batch_inputs, labels = self.source.inputs_and_labels(batch)
         call = self.source.call
         wanted = (
-            call if isinstance(call, int) else 0 if call == "first" else None
-        )  # None: which is the last is not known
+            {"first": 0, "last": None}[call] if isinstance(call, str) else call
+        )  # which is the last is not known yet
         calls = itertools.count()
         made: list[tuple[Any, Tensor]] = []
 

@@ -94,7 +94,7 @@ class ConfinedPolytopes(AdversarialCallback):
     (:class:`CornerSearch`), and training pulls them to the centre:
     ``L = own loss + lam * mean_{n, i} d(f(x_n,i), c_i)``. With one particle, the clean centre, ``distance="kl"`` and
     ``start="gaussian"`` it is TRADES with ``beta = lam``; with one particle and ``"l2sq"`` it is adversarial logit pairing.
-    Costs ``N num_steps + N + 1`` forward and backward passes a step. The defaults are the best of 32 designs that were compared
+    Costs ``N num_steps + N + 1`` forward and backward passes a step. The defaults are the best of 33 designs that were compared
     on validation images (docs/adversarial.md); for ``"l2sq"`` on logits, weights of 0.3 to 3 are in place, for ``"kl"`` 6 to 12.
 
     Logs ``cap/distance`` (the unweighted term), ``cap/radius`` (the farthest corner of a sample, mean over the batch), and
