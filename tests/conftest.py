@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from hypothesis import settings
 from lightning.pytorch import seed_everything
+from torch import nn
+
+from helpers.adversarial import trained
 
 # written on import or first use by libraries, and harmless
 _ALLOWED_ENV = {
@@ -82,3 +85,15 @@ def seeded() -> Iterator[Callable[[int], None]]:
     random.setstate(python_state)
     np.random.set_state(numpy_state)  # noqa: NPY002
     torch.set_rng_state(torch_state)
+
+
+@pytest.fixture(scope="session")
+def robust_net() -> nn.Module:
+    """Adversarially trained on the digits; do not change it."""
+    return trained(robust=True, epochs=8)
+
+
+@pytest.fixture(scope="session")
+def plain_net() -> nn.Module:
+    """Trained on the digits with cross entropy alone; do not change it."""
+    return trained(robust=False, epochs=5)

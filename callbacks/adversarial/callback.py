@@ -155,6 +155,7 @@ class AdversarialCallback(ClassifierCallback):
                 f"{type(self).__name__} attacks one tensor of inputs, but the network is given a "
                 f"{type(inputs).__name__}. Name a submodule that takes a tensor: LogitsSource('model.net')."
             )
+        self.threat.check_dtype(inputs)
         if transform_is_active():  # elsewhere the attack itself looks at the values
             pixels, self._rounding = self.threat.pixels(inputs, clamp=False), rounding_of(inputs)
             self.note(low=pixels.amin(), high=pixels.amax())

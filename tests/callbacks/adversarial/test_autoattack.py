@@ -15,7 +15,7 @@ from groundwire.callbacks.adversarial import FGSM, PGD, ThreatModel, evaluate_ro
 from groundwire.callbacks.adversarial.evaluation import autoattack
 from groundwire.callbacks.adversarial.evaluation.autoattack import autoattack_package, in_parts
 from groundwire.callbacks.adversarial.functional import linear_worst_case_margin
-from helpers.adversarial import EPS, THREAT, test_samples
+from helpers.adversarial import EPS, THREAT, held_out
 
 pyautoattack = pytest.importorskip("pyautoattack")
 WIDE = 0.2  # of which few images survive, so that Square has little to do
@@ -35,12 +35,12 @@ def vectors(model: nn.Module, n: int = 20) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def found(robust_net: nn.Module) -> dict[str, Tensor]:
-    return autoattack(robust_net, *test_samples(16), ThreatModel(WIDE), seed=5)
+    return autoattack(robust_net, *held_out(16), ThreatModel(WIDE), seed=5)
 
 
 def test_each_attack_runs_on_what_survived(found: dict[str, Tensor], robust_net: nn.Module) -> None:
     assert list(found) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
-    x, y = test_samples(16)
+    x, y = held_out(16)
     with torch.no_grad():
         assert torch.equal(found["clean"], robust_net(x).argmax(dim=1) == y)
     stages = list(found.values())
@@ -51,7 +51,7 @@ def test_each_attack_runs_on_what_survived(found: dict[str, Tensor], robust_net:
 
 
 def test_it_is_the_standard_evaluation_of_the_package(found: dict[str, Tensor], robust_net: nn.Module) -> None:
-    x, y = test_samples(16)
+    x, y = held_out(16)
     with torch.random.fork_rng():
         trace = sys.gettrace()
         by_hand = pyautoattack.AutoAttack(robust_net, norm="Linf", eps=WIDE, seed=5, device="cpu", version="standard")
@@ -62,7 +62,7 @@ def test_it_is_the_standard_evaluation_of_the_package(found: dict[str, Tensor], 
 
 
 def test_another_box_is_the_same_problem(robust_net: nn.Module) -> None:
-    x, y = test_samples(6)
+    x, y = held_out(6)
 
     class Halved(nn.Module):
         def forward(self, u: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def test_vectors_of_few_classes(norm: Any, eps: float, classes: int, attacks: li
 
 
 def test_images_of_three_classes_see_square(robust_net: nn.Module) -> None:
-    x, y = test_samples(30)
+    x, y = held_out(30)
     few = y < 3
     model = nn.Sequential(robust_net, First(3))
     found = autoattack(model, x[few][:4], y[few][:4], ThreatModel(0.3))
@@ -116,7 +116,7 @@ class First(nn.Module):
 
 
 def test_apgd_leaves_no_more_than_pgd(robust_net: nn.Module, plain_net: nn.Module) -> None:
-    x, y = test_samples(60)
+    x, y = held_out(60)
     for model in (robust_net, plain_net):
         calls: list[str] = []
 

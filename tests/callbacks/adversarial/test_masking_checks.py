@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from groundwire.callbacks.adversarial import FGSM, PGD, Attack, RobustnessResult, ThreatModel, evaluate_robustness
 from groundwire.callbacks.adversarial.evaluation.checks import Check, huge_radius, masking_checks
-from helpers.adversarial import EPS, THREAT, Wrapped, test_samples
+from helpers.adversarial import EPS, THREAT, Wrapped, held_out
 
 # ---------------------------------------------------------------- each rule at its threshold
 
@@ -131,7 +131,7 @@ def test_the_huge_ball_has_a_grey_image_for_every_input_and_no_smaller_one_has(n
 
 
 def evaluated(network: nn.Module, surrogate: nn.Module | None = None, n: int = 100, **options: Any) -> dict[str, Check]:
-    x, y = test_samples(n)
+    x, y = held_out(n)
     attacks: dict[str, Attack] = {"fgsm": FGSM(), "pgd": PGD(20, num_restarts=2, early_stop=True)}
     result: RobustnessResult = evaluate_robustness(
         network, x, y, THREAT, attacks=attacks, sweep=(), probes=n, surrogate=surrogate, **options
@@ -218,7 +218,7 @@ def test_a_network_that_ignores_small_changes_fails_at_the_huge_ball(plain_net: 
 
 
 def test_probes_at_the_huge_radius_use_it(robust_net: nn.Module) -> None:
-    x, y = test_samples(20)
+    x, y = held_out(20)
     sweep = (huge_radius(THREAT, 64) / EPS,)
     result = evaluate_robustness(robust_net, x, y, THREAT, attacks={}, sweep=sweep, probes=20)
     assert not result.probes["huge"].any()

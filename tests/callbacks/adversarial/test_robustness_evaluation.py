@@ -16,7 +16,7 @@ from groundwire.callbacks.adversarial import FGSM, PGD, Attack, RobustnessResult
 from groundwire.callbacks.adversarial.evaluation import robustness, standard_attacks
 from groundwire.callbacks.adversarial.functional import linear_worst_case_margin
 from groundwire.callbacks.adversarial.threat import norm_of
-from helpers.adversarial import EPS, THREAT, Wrapped, test_samples
+from helpers.adversarial import EPS, THREAT, Wrapped, held_out
 
 CLASSES, WIDTH = 4, 6
 CHEAP: dict[str, Any] = {"attacks": {"fgsm": FGSM()}, "sweep": (), "probes": 0}
@@ -74,7 +74,7 @@ def test_a_linear_model_survives_where_the_closed_form_says(norm: Any, eps: floa
 
 
 def test_the_worst_case_is_the_and_of_everything_and_the_headline(robust_net: nn.Module, plain_net: nn.Module) -> None:
-    x, y = test_samples(60)
+    x, y = held_out(60)
     result = evaluate_robustness(
         robust_net, x, y, THREAT, attacks={"a": FGSM(), "b": PGD(3)}, sweep=(), probes=0, surrogate=plain_net
     )
@@ -108,7 +108,7 @@ def test_standard_attacks_are_what_they_are_called() -> None:
 
 
 def test_survivors_are_those_of_the_attack_called_by_hand(robust_net: nn.Module) -> None:
-    x, y = test_samples(40)
+    x, y = held_out(40)
     result = evaluate_robustness(
         robust_net, x, y, THREAT, attacks={"a": FGSM(), "b": FGSM("margin")}, sweep=(), probes=0
     )
@@ -122,7 +122,7 @@ def test_survivors_are_those_of_the_attack_called_by_hand(robust_net: nn.Module)
 
 
 def test_the_sweep_never_rises_and_its_examples_are_those_of_eps(robust_net: nn.Module) -> None:
-    x, y = test_samples(60)
+    x, y = held_out(60)
     result = evaluate_robustness(robust_net, x, y, THREAT, **CHEAP | {"sweep": (2, 0, 0.5, 1, 1.0, 8)})
     assert list(result.sweep) == [0.0, 0.5 * EPS, EPS, 2 * EPS, 8 * EPS]
     assert torch.equal(result.sweep[0.0], result.survived["clean"])
@@ -145,7 +145,7 @@ def test_the_sweep_never_rises_and_its_examples_are_those_of_eps(robust_net: nn.
 
 
 def test_without_factor_one_examples_are_those_of_the_smallest_radius(robust_net: nn.Module) -> None:
-    x, y = test_samples(20)
+    x, y = held_out(20)
     result = evaluate_robustness(robust_net, x, y, THREAT, **CHEAP | {"sweep": (0.5, 4.0)})
     assert result.examples is not None
     assert (result.examples.adversarial - result.examples.clean).abs().max() <= EPS / 2 + 1e-6
@@ -153,7 +153,7 @@ def test_without_factor_one_examples_are_those_of_the_smallest_radius(robust_net
 
 
 def test_numbers_of_numpy_are_numbers(robust_net: nn.Module) -> None:
-    x, y = test_samples(6)
+    x, y = held_out(6)
     for threat, factors in ((THREAT, [np.float64(0.5), np.float32(2)]), (ThreatModel(np.float64(EPS)), [0.5, 2])):
         result = evaluate_robustness(robust_net, x, y, threat, **CHEAP | {"sweep": factors})
         assert list(result.sweep) == pytest.approx([EPS / 2, 2 * EPS])
@@ -174,7 +174,7 @@ class Records(nn.Module):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_whatever_the_network_sees_is_in_the_ball_and_the_box(norm: Any, robust_net: nn.Module) -> None:
-    x, y = test_samples(8)
+    x, y = held_out(8)
     mean, std = 0.3, 0.5
     eps = EPS if norm == "linf" else 0.5
     threat = ThreatModel(eps, norm, mean=mean, std=std)
@@ -205,7 +205,7 @@ class Unnormalise(nn.Module):
 
 
 def test_normalised_inputs_give_the_result_of_pixels(robust_net: nn.Module) -> None:
-    x, y = (part[:30] for part in test_samples(30))
+    x, y = (part[:30] for part in held_out(30))
     pixels = evaluate_robustness(robust_net.double(), x.double(), y, THREAT, **CHEAP | {"sweep": (1.0,)})
     network = nn.Sequential(Unnormalise(0.3, 0.5), robust_net)
     threat = ThreatModel(EPS, mean=0.3, std=0.5)
@@ -217,7 +217,7 @@ def test_normalised_inputs_give_the_result_of_pixels(robust_net: nn.Module) -> N
 
 
 def test_transfer_from_the_model_itself_is_nearly_as_strong_as_pgd(plain_net: nn.Module) -> None:
-    x, y = test_samples(100)
+    x, y = held_out(100)
     attacks = {"pgd20_ce": PGD(20)}
     itself = evaluate_robustness(plain_net, x, y, THREAT, **CHEAP | {"attacks": attacks, "surrogate": plain_net})
     white, transferred = itself.survived["pgd20_ce"], itself.survived["transfer"]
@@ -228,7 +228,7 @@ def test_transfer_from_the_model_itself_is_nearly_as_strong_as_pgd(plain_net: nn
 def test_transfer_is_crafted_on_the_surrogate_and_tried_on_the_model(
     robust_net: nn.Module, plain_net: nn.Module
 ) -> None:
-    x, y = test_samples(100)
+    x, y = held_out(100)
     found = evaluate_robustness(robust_net, x, y, THREAT, **CHEAP | {"surrogate": plain_net})
     crafted = PGD(20, track="last")(plain_net, x, y, THREAT)
     expected = (robust_net(crafted).argmax(dim=1) == y) & found.survived["clean"]
@@ -238,7 +238,7 @@ def test_transfer_is_crafted_on_the_surrogate_and_tried_on_the_model(
 
 
 def test_logits_may_be_elsewhere(robust_net: nn.Module) -> None:
-    x, y = test_samples(12)
+    x, y = held_out(12)
 
     class Output:
         def __init__(self, logits: Tensor) -> None:
@@ -255,7 +255,7 @@ def test_logits_may_be_elsewhere(robust_net: nn.Module) -> None:
 
 
 def test_model_and_surrogate_are_left_as_they_were(robust_net: nn.Module, plain_net: nn.Module) -> None:
-    x, y = test_samples(24)
+    x, y = held_out(24)
     nets = [copy.deepcopy(robust_net), copy.deepcopy(plain_net)]
     for net in nets:
         net.train()
@@ -283,7 +283,7 @@ def test_model_and_surrogate_are_left_as_they_were(robust_net: nn.Module, plain_
 
 
 def test_the_models_mode_does_not_matter(robust_net: nn.Module) -> None:
-    x, y = test_samples(24)
+    x, y = held_out(24)
     training = copy.deepcopy(robust_net).train()
     few: dict[str, Any] = {"attacks": {"pgd": PGD(3)}, "sweep": (1,), "probes": 5}
     found = [evaluate_robustness(net, x, y, THREAT, **few).as_dict() for net in (robust_net, training)]
@@ -291,7 +291,7 @@ def test_the_models_mode_does_not_matter(robust_net: nn.Module) -> None:
 
 
 def test_two_calls_agree_and_another_seed_differs_in_its_starts(plain_net: nn.Module) -> None:
-    x, y = test_samples(60)
+    x, y = held_out(60)
     spies = [Records(plain_net) for _ in range(3)]
     attacks = {"fgsm": FGSM(), "pgd": PGD(2)}
     first, again, other = (
@@ -307,7 +307,7 @@ def test_two_calls_agree_and_another_seed_differs_in_its_starts(plain_net: nn.Mo
 
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
 def test_batches_do_not_change_a_deterministic_attack(batch_size: int, robust_net: nn.Module) -> None:
-    x, y = test_samples(40)
+    x, y = held_out(40)
     whole = evaluate_robustness(robust_net, x, y, THREAT, **CHEAP)
     parts = evaluate_robustness(robust_net, x, y, THREAT, **CHEAP | {"batch_size": batch_size})
     for name in whole.survived:
@@ -315,7 +315,7 @@ def test_batches_do_not_change_a_deterministic_attack(batch_size: int, robust_ne
 
 
 def test_batches_are_no_larger_than_asked(robust_net: nn.Module) -> None:
-    x, y = test_samples(30)
+    x, y = held_out(30)
     spy = Records(robust_net)
     evaluate_robustness(
         spy, x, y, THREAT, attacks={"restarts": PGD(2, num_restarts=4)}, sweep=(1,), probes=9, batch_size=9
@@ -324,7 +324,7 @@ def test_batches_are_no_larger_than_asked(robust_net: nn.Module) -> None:
 
 
 def test_progress_goes_from_nothing_to_all(robust_net: nn.Module, plain_net: nn.Module) -> None:
-    x, y = test_samples(10)
+    x, y = held_out(10)
     told: list[tuple[str, float]] = []
     evaluate_robustness(
         robust_net, x, y, THREAT, probes=4, surrogate=plain_net, progress=lambda what, share: told.append((what, share))
@@ -343,7 +343,7 @@ def test_progress_goes_from_nothing_to_all(robust_net: nn.Module, plain_net: nn.
 
 
 def test_it_runs_in_inference_mode(robust_net: nn.Module, plain_net: nn.Module) -> None:
-    x, y = test_samples(12)
+    x, y = held_out(12)
     few: dict[str, Any] = {
         "attacks": {"fgsm": FGSM(), "pgd": PGD(3, num_restarts=2)},
         "sweep": (1,),
@@ -366,7 +366,7 @@ def test_it_runs_in_inference_mode(robust_net: nn.Module, plain_net: nn.Module) 
 
 
 def test_empty_parts_are_empty(robust_net: nn.Module) -> None:
-    x, y = test_samples(10)
+    x, y = held_out(10)
     result = evaluate_robustness(robust_net, x, y, THREAT, **CHEAP)
     assert result.sweep == {}
     assert result.probes == {}
@@ -381,7 +381,7 @@ def test_empty_parts_are_empty(robust_net: nn.Module) -> None:
 
 
 def test_probes_are_the_first_samples(robust_net: nn.Module) -> None:
-    x, y = test_samples(20)
+    x, y = held_out(20)
     few = evaluate_robustness(robust_net, x, y, THREAT, **CHEAP | {"probes": 6})
     assert {len(alive) for alive in few.probes.values()} == {6}
     assert torch.equal(few.probes["fgsm"], few.survived["fgsm"][:6])
@@ -391,7 +391,7 @@ def test_probes_are_the_first_samples(robust_net: nn.Module) -> None:
 
 
 def test_reports_hold_all_numbers(robust_net: nn.Module, plain_net: nn.Module) -> None:
-    x, y = test_samples(30)
+    x, y = held_out(30)
     result = evaluate_robustness(robust_net, x, y, THREAT, probes=10, surrogate=plain_net, seed=7)
     found = json.loads(json.dumps(result.as_dict()))
     assert found["threat"] == {"norm": "linf", "eps": EPS, "lo": 0.0, "hi": 1.0, "mean": None, "std": None}
@@ -420,7 +420,7 @@ def test_reports_hold_all_numbers(robust_net: nn.Module, plain_net: nn.Module) -
 
 
 def test_parts_merge_to_the_whole(robust_net: nn.Module, plain_net: nn.Module) -> None:
-    x, y = test_samples(30)
+    x, y = held_out(30)
     cheap = CHEAP | {"sweep": (0, 1), "probes": 5, "surrogate": plain_net}
     parts = [evaluate_robustness(robust_net, x[s], y[s], THREAT, **cheap) for s in (slice(0, 12), slice(12, 30))]
     whole = RobustnessResult.merged(parts)
@@ -585,7 +585,7 @@ def test_one_hot_labels_are_classes() -> None:
 
 
 def test_a_random_network_is_warned_of(robust_net: nn.Module) -> None:
-    x, y = test_samples(6)
+    x, y = held_out(6)
     with pytest.warns(UserWarning, match="other outputs for the same inputs a second time"):
         evaluate_robustness(Seeded(robust_net), x, y, THREAT, **CHEAP)
     with warnings.catch_warnings():
@@ -609,7 +609,7 @@ class Seeded(nn.Module):
 
 
 def test_a_model_that_is_always_wrong_has_no_robustness(plain_net: nn.Module) -> None:
-    x, _ = test_samples(10)
+    x, _ = held_out(10)
     y = (plain_net(x).argmax(dim=1) + 1) % 10
     result = evaluate_robustness(plain_net, x, y, THREAT, probes=5)
     assert result.robust_acc == 0.0
@@ -624,7 +624,7 @@ def test_batchnorm_over_features_can_be_probed_in_training_mode(n: int) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10)).eval()
-    x, _ = test_samples(n)
+    x, _ = held_out(n)
     y = net(x).argmax(dim=1)
     for batch_size in (2, 1):
         result = evaluate_robustness(net, x, y, THREAT, **CHEAP | {"probes": n, "batch_size": batch_size})
@@ -632,12 +632,12 @@ def test_batchnorm_over_features_can_be_probed_in_training_mode(n: int) -> None:
 
 
 def test_a_single_sample_is_enough(robust_net: nn.Module) -> None:
-    x, y = test_samples(1)
+    x, y = held_out(1)
     assert evaluate_robustness(robust_net, x, y, THREAT).num_samples == 1
 
 
 def test_half_precision_inputs_are_taken(plain_net: nn.Module) -> None:
-    x, y = test_samples(8)
+    x, y = held_out(8)
     net = copy.deepcopy(plain_net).bfloat16()
     result = evaluate_robustness(net, x.bfloat16(), y, THREAT, **CHEAP | {"sweep": (1,), "probes": 4})
     assert result.robust_acc <= 1.0
@@ -689,7 +689,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
 
 
 def test_scaling_the_logits_does_not_fool_the_headline(plain_net: nn.Module) -> None:
-    x, y = test_samples(60)
+    x, y = held_out(60)
     attacks = {"ce": PGD(20, early_stop=True), "margin": PGD(20, loss="margin", early_stop=True)}
     options = CHEAP | {"attacks": attacks}
     honest, scaled = (evaluate_robustness(Wrapped(plain_net, s), x, y, THREAT, **options) for s in (1.0, 128.0))

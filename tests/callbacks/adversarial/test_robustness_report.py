@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from groundwire.callbacks.adversarial import FGSM, PGD, RobustnessReport, ThreatModel, evaluate_robustness
 from groundwire.callbacks.logits import LogitsSource
 from groundwire.plugins.edge import EdgeStrategy
-from helpers.adversarial import THREAT, DigitsClassifier, Wrapped, digits, test_samples
+from helpers.adversarial import THREAT, DigitsClassifier, Wrapped, digits, held_out
 from helpers.callbacks import check_step_callback, state_of
 from helpers.ddp import ddp_trainer, over_ranks, run_ddp
 from helpers.edge import Classifier, loader, mlp, trainer, weights
@@ -78,7 +78,7 @@ def test_a_test_logs_and_writes_what_evaluate_robustness_finds(
     report = RobustnessReport(THREAT, num_samples=24, surrogate=plain_net, dirpath=tmp_path / "out", **options)
     t = trainer(callbacks=[report], default_root_dir=tmp_path)
     t.test(DigitsClassifier(robust_net), digits(), verbose=False)
-    by_hand = evaluate_robustness(robust_net, *test_samples(24), THREAT, surrogate=plain_net, **options)
+    by_hand = evaluate_robustness(robust_net, *held_out(24), THREAT, surrogate=plain_net, **options)
     accuracies = by_hand.accuracies()
     expected = {f"test/robust/{name}_acc": found[0] for name, found in accuracies.items() if name != "worst_case"}
     expected |= {
@@ -258,7 +258,7 @@ def test_the_surrogate_may_be_a_checkpoint_of_the_module(tmp_path: Path) -> None
         trainer(callbacks=[report]).test(module, digits(), verbose=False)
         assert report.result is not None
         found[name] = report.result.survived["transfer"].tolist()
-    x, y = test_samples(60)
+    x, y = held_out(60)
     by_hand = evaluate_robustness(module.network, x, y, THREAT, **QUICK, surrogate=other.network)
     assert by_hand.survived["transfer"].sum() < by_hand.survived["clean"].sum(), "transfer does something"
     assert set(map(tuple, found.values())) == {tuple(by_hand.survived["transfer"].tolist())}
