@@ -195,6 +195,8 @@ def main() -> None:
     attacked = run_autoattack(runs)
     draw_methods(runs, attacked)
     print_methods(runs, attacked)
+    examples = runs.jobs["PGD-AT"][0].folder / "robustness" / "robustness_adversarial_examples.png"
+    (DOCS / "adversarial_examples.png").write_bytes(examples.read_bytes())
     draw_search()
     federated = Runs(folder, "fal")
     for label in federated.jobs:
