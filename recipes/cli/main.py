@@ -78,7 +78,9 @@ def _dispatch(words: list[str]) -> int:
     if options.command == "cp":
         return _cp(options.name, options.destination)
     if options.command == "check":
-        return _check(options.names, rest)
+        # argparse takes an option with a space in it for a name
+        names = [word for word in options.names if not word.startswith("-")]
+        return _check(names, [word for word in options.names if word.startswith("-")] + rest)
     if options.command == "compare":
         from groundwire.recipes.cli.compare import compare_command
 

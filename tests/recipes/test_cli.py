@@ -103,6 +103,14 @@ def test_every_recipe_can_be_checked(groundwire: Run, workplace: Path, recipe: R
     assert not (workplace / "runs").exists(), "checking leaves nothing behind"
 
 
+def test_an_override_with_a_space_in_it_is_no_name_of_a_recipe(groundwire: Run, workplace: Path) -> None:
+    status, out, err = groundwire(
+        "check", "at_aka", "--config=digits_central", "--trainer.callbacks.checkpoints=[a, b]"
+    )
+    assert (status, err.count("error")) == (0, 0), err
+    assert "OK: at_aka" in out
+
+
 @pytest.mark.parametrize(
     "words", [("check", "a_dsgd"), ("fit", "--config", "a_dsgd", *UNTRACKED)], ids=["check", "fit"]
 )

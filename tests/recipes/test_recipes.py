@@ -74,5 +74,5 @@ def test_a_study_of_the_docs_can_be_built(groundwire: Command, path: Path) -> No
     for job in {job.label: job for job in Study.of_file(path).jobs(Path("out"))}.values():
         recipe = Path(job.args[0].removeprefix("--config="))
         overlay, _ = FAMILIES[families[recipe]]
-        status, _, err = groundwire("check", recipe, *job.args[1:], f"--config={overlay}")
+        status, _, err = groundwire("check", recipe, f"--config={overlay}", *job.args[1:])
         assert status == 0, err
