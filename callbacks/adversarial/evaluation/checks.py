@@ -55,9 +55,7 @@ def huge_radius(threat: ThreatModel, size: int) -> float:
 def masking_checks(
     survived: Mapping[str, Tensor],
     autoattack: Mapping[str, Tensor],
-    sweep: Mapping[float, Tensor],
     probes: Mapping[str, Tensor],
-    threat: ThreatModel,
     num_classes: int,
     huge: float,
 ) -> list[Check]:
@@ -66,9 +64,7 @@ def masking_checks(
     Args:
         survived: By attack, which samples are still right.
         autoattack: The same for the parts of AutoAttack, or empty.
-        sweep: The same by radius.
         probes: The runs made for these checks, on the first samples.
-        threat: What the attacker might do.
         num_classes: Classes; chance is one of them.
         huge: Radius of the probe ``"huge"``, see :func:`huge_radius`.
 
@@ -79,28 +75,21 @@ def masking_checks(
         Athalye et al., "Obfuscated Gradients Give a False Sense of Security", ICML 2018. arXiv:1802.00420
         Carlini et al., "On Evaluating Adversarial Robustness", 2019. arXiv:1902.06705
     """
-    n = len(probes["pgd20_ce"])
-    acc = {name: _acc(alive) for name, alive in survived.items()}
     probe = {name: _acc(alive) for name, alive in probes.items()}
-    checks = [
+    return [
         Check(
             "(a) many steps beat one",
             probe["pgd20_ce"] - probe["fgsm"] <= 0.01 + _ROUNDING,
             f"FGSM {_pc(probe['fgsm'])}, PGD-20 {_pc(probe['pgd20_ce'])}",
             "FGSM is stronger by more than 1 point",
         ),
-        _black_box(acc, survived, autoattack),
-    ]
-    at_huge = _acc(probes["huge"])
-    checks.append(
+        _black_box(survived, autoattack),
         Check(
             "(c) a huge ball leaves nothing",
-            at_huge <= 1 / num_classes + 0.05 + _ROUNDING,
-            f"{_pc(at_huge)} at eps = {huge:g}, chance {_pc(1 / num_classes)}",
+            probe["huge"] <= 1 / num_classes + 0.05 + _ROUNDING,
+            f"{_pc(probe['huge'])} at eps = {huge:g}, chance {_pc(1 / num_classes)}",
             "accuracy there is above chance + 5 points",
-        )
-    )
-    checks += [
+        ),
         Check(
             "(d) the attack has converged",
             probe["pgd20_margin"] - probe["pgd200_margin"] <= 0.02 + _ROUNDING,
@@ -132,13 +121,12 @@ def masking_checks(
             "it is stronger in training mode by more than 5 points",
         ),
     ]
-    assert n > 0
-    return checks
 
 
-def _black_box(acc: Mapping[str, float], survived: Mapping[str, Tensor], autoattack: Mapping[str, Tensor]) -> Check:
+def _black_box(survived: Mapping[str, Tensor], autoattack: Mapping[str, Tensor]) -> Check:
     """Noise and transfer against the best white-box attack; Square against what white-box attacks left."""
-    gradient_free = [name for name in ("noise", "transfer") if name in acc]
+    acc = {name: _acc(alive) for name, alive in survived.items()}
+    gradient_free: list[str] = [name for name in ("noise", "transfer") if name in acc]
     white = torch.stack([alive for name, alive in survived.items() if name not in gradient_free])
     white_acc = _acc(white.all(dim=0))
     gains = {name: white_acc - acc[name] for name in gradient_free}

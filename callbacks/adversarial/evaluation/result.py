@@ -83,9 +83,7 @@ class RobustnessResult:
         if not self.probes:
             return []
         huge = huge_radius(self.threat, self.input_size)
-        return masking_checks(
-            self.survived, self.autoattack, self.sweep, self.probes, self.threat, self.num_classes, huge
-        )
+        return masking_checks(self.survived, self.autoattack, self.probes, self.num_classes, huge)
 
     def accuracies(self) -> dict[str, tuple[float, float, float, int]]:
         """Accuracy, both ends of its 95 % interval, and samples, by attack; at the end the worst case."""

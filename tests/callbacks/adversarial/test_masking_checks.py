@@ -30,9 +30,7 @@ def checks(
     found = masking_checks(
         {name: alive(right) for name, right in ({"clean": 190, "white": 100} | (survived or {})).items()},
         {} if square is None else {"clean": alive(190), "fab-t": alive(square[0]), "square": alive(square[1])},
-        {},
         {name: alive(right) for name, right in usual.items()},
-        THREAT,
         classes,
         huge_radius(THREAT, 64),
     )
