@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -18,6 +18,8 @@ from groundwire.plugins.random import root_seed, stream
 Batch = TypeVar("Batch")
 Split = tuple[Tensor, Tensor]
 """Inputs ``(n, ...)``, float32, and labels ``(n,)``, int64."""
+OmitIn = Literal["train", "all"]
+"""Which splits lack the classes of ``omit_classes``."""
 
 
 class ResumableLoader(ABC, Generic[Batch]):
@@ -183,7 +185,7 @@ class TensorClassification(ResumableDataModule, ABC):
     Subclasses write :meth:`load`, and set ``num_classes`` as a class attribute. Training batches are shuffled by the
     seed and the epoch, so that a resumed run sees the order that an uninterrupted one does.
 
-    The training split can be made few-shot or zero-shot; validation and test data stay as they are. The subset depends
+    The training split can be made few-shot or zero-shot; validation and test data keep all samples. The subset depends
     on the seed alone, keeps the order of the samples, and for one seed a smaller fraction is part of a larger one.
 
     Args:
@@ -192,6 +194,7 @@ class TensorClassification(ResumableDataModule, ABC):
         drop_last: Leave out a last training batch that is smaller, for strategies that split a batch evenly.
         train_fraction: Share of the training samples of every class to keep, in (0, 1]; rounded, at least one a class.
         omit_classes: Classes without a training sample, each in ``[0, num_classes)``; None for no such class.
+        omit_in: ``"train"`` leaves validation and test data as they are, ``"all"`` omits the classes there, too.
 
     Raises:
         ValueError: If ``batch_size`` is below 1, ``train_fraction`` or a class is out of range, or no class remains;
@@ -208,6 +211,7 @@ class TensorClassification(ResumableDataModule, ABC):
         drop_last: bool,
         train_fraction: float = 1.0,
         omit_classes: list[int] | None = None,
+        omit_in: OmitIn = "train",
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -219,11 +223,14 @@ class TensorClassification(ResumableDataModule, ABC):
             )
         if omit_classes:
             self._check_omitted(omit_classes)
+        if omit_in not in ("train", "all"):
+            raise ValueError(f"`omit_in` must be 'train' or 'all', got {omit_in!r}.")
         self.batch_size = batch_size
         self.seed = seed
         self.drop_last = drop_last
         self.train_fraction = train_fraction
         self.omit_classes = omit_classes
+        self.omit_in = omit_in
         self.train_data: Split
         self.val_data: Split
         self.test_data: Split
@@ -243,6 +250,8 @@ class TensorClassification(ResumableDataModule, ABC):
     def _load(self, seed: int) -> None:
         train, self.val_data, self.test_data = self.load(seed)
         self.train_data = self._reduced(train, seed)
+        if self.omit_in == "all":
+            self.val_data, self.test_data = self._without_omitted(self.val_data), self._without_omitted(self.test_data)
         self._loaded_seed = seed
         self._is_ready = True
 
@@ -263,7 +272,7 @@ class TensorClassification(ResumableDataModule, ABC):
         if self.train_fraction == 1 and not self.omit_classes:
             return split
         x, y = split
-        keep = ~torch.isin(y, torch.tensor(self.omit_classes or [], dtype=torch.int64))
+        keep = self._not_omitted(y)
         if self.train_fraction < 1:
             order = torch.randperm(len(y), generator=stream(seed, purpose="data/few_shot"))
             for label in range(self.num_classes):
@@ -275,6 +284,13 @@ class TensorClassification(ResumableDataModule, ABC):
                 f"than {len(y)} samples."
             )
         return x[keep], y[keep]
+
+    def _not_omitted(self, labels: Tensor) -> Tensor:
+        return ~torch.isin(labels, torch.tensor(self.omit_classes or [], dtype=torch.int64))
+
+    def _without_omitted(self, split: Split) -> Split:
+        keep = self._not_omitted(split[1])
+        return split[0][keep], split[1][keep]
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 from sklearn.datasets import load_digits
 from typing_extensions import override
 
-from groundwire.datamodules.base import Split, TensorClassification, shuffled_split
+from groundwire.datamodules.base import OmitIn, Split, TensorClassification, shuffled_split
 
 
 class Digits(TensorClassification):
@@ -21,6 +21,7 @@ class Digits(TensorClassification):
         drop_last: Leave out a last training batch that is smaller.
         train_fraction: Few-shot: share of the training samples of every class to keep, in (0, 1]; at least one a class.
         omit_classes: Zero-shot: classes without a training sample; validation and test data keep theirs.
+        omit_in: ``"all"`` leaves these classes out of validation and test data, too.
 
     Raises:
         ValueError: If a fraction or a class is out of range, or nothing remains to train on.
@@ -52,8 +53,9 @@ class Digits(TensorClassification):
         drop_last: bool = False,
         train_fraction: float = 1.0,
         omit_classes: list[int] | None = None,
+        omit_in: OmitIn = "train",
     ) -> None:
-        super().__init__(batch_size, seed, drop_last, train_fraction, omit_classes)
+        super().__init__(batch_size, seed, drop_last, train_fraction, omit_classes, omit_in)
         if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
             raise ValueError(
                 "`val_fraction` and `test_fraction` must be >= 0 and leave something to train on, got "

@@ -17,7 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from groundwire.datamodules.base import Split, TensorClassification, shuffled_split
+from groundwire.datamodules.base import OmitIn, Split, TensorClassification, shuffled_split
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
@@ -94,6 +94,7 @@ class FashionMNIST(TensorClassification):
         drop_last: Leave out a last training batch that is smaller.
         train_fraction: Few-shot: share of the training samples of every class to keep, in (0, 1]; at least one a class.
         omit_classes: Zero-shot: classes without a training sample; validation and test data keep theirs.
+        omit_in: ``"all"`` leaves these classes out of validation and test data, too.
 
     Raises:
         ValueError: If an argument is out of range, or a file is damaged.
@@ -125,8 +126,9 @@ class FashionMNIST(TensorClassification):
         drop_last: bool = False,
         train_fraction: float = 1.0,
         omit_classes: list[int] | None = None,
+        omit_in: OmitIn = "train",
     ) -> None:
-        super().__init__(batch_size, seed, drop_last, train_fraction, omit_classes)
+        super().__init__(batch_size, seed, drop_last, train_fraction, omit_classes, omit_in)
         if not 0 <= num_val < 60_000:
             raise ValueError(f"`num_val` must be in [0, 60000), got {num_val}.")
         if num_train is not None and not 1 <= num_train <= 60_000 - num_val:

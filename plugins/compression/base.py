@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
 
 from groundwire.plugins.random import Key
+
+if TYPE_CHECKING:  # at run time it would bring Opacus along for compressors that promise nothing
+    from groundwire.plugins.privacy.statement import PrivacyStatement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,11 @@ class Compressor(nn.Module, ABC):
     linear: bool = False
     """Whether payloads add: the decoded sum of payloads is the sum of the decoded rows (so all-reduce serves)."""
 
+    @property
+    def promises_privacy(self) -> bool:
+        """Whether :meth:`privacy` states a guarantee."""
+        return type(self).privacy is not Compressor.privacy
+
     @abstractmethod
     def encode(self, x: Tensor, key: Key) -> Payload:
         """Encode rows ``(rows, d)``; ``key`` names the devices and the round of random draws."""
@@ -83,6 +91,25 @@ class Compressor(nn.Module, ABC):
 
     def alpha(self, numel: int) -> float | None:
         """``a`` of the contractive class, ``E|C(x) - x|^2 <= (1 - a) |x|^2``; None if unknown or not contractive."""
+        return None
+
+    def privacy(
+        self, *, numel: int, rounds: int = 1, delta: float = 1e-5, sample_rate: float = 1.0
+    ) -> PrivacyStatement | None:
+        """What the messages of one device guarantee to it, with all that this depends on.
+
+        Sending less is not privacy: a compressor promises nothing unless it was made to.
+
+        Args:
+            numel: Entries ``d`` of each row.
+            rounds: Rounds in which the device sends a row.
+            delta: Of the whole run.
+            sample_rate: Probability with which a device takes part in a round (Poisson sampling), in (0, 1]. Where a
+                mechanism gains nothing from it, it counts as 1, and the statement says so.
+
+        Returns:
+            The guarantee, or None where nothing is promised, as here.
+        """
         return None
 
 
@@ -115,6 +142,25 @@ def check_rows(x: Tensor, key: Key) -> None:
         raise ValueError(f"Expected rows of shape (rows, d), got {tuple(x.shape)}.")
     if x.shape[0] != len(key):
         raise ValueError(f"Got {x.shape[0]} rows, but the key names {len(key)} devices.")
+
+
+def check_releases(numel: int, rounds: int, sample_rate: float) -> None:
+    """Refuse what no :meth:`Compressor.privacy` can account for.
+
+    Args:
+        numel: Entries of each row.
+        rounds: Rounds in which a device sends one.
+        sample_rate: Probability with which it takes part.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+    if numel < 1:
+        raise ValueError(f"`numel` must be at least 1, got {numel}.")
+    if rounds < 1:
+        raise ValueError(f"`rounds` must be at least 1, got {rounds}.")
+    if not 0 < sample_rate <= 1:
+        raise ValueError(f"`sample_rate` is a probability in (0, 1], got {sample_rate}.")
 
 
 def log2_binomial(n: int, k: int) -> float:

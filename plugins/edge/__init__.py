@@ -7,9 +7,18 @@ from groundwire.plugins.edge.layout import ParameterLayout
 from groundwire.plugins.edge.ledger import Cost, Ledger
 from groundwire.plugins.edge.local import LocalGradient, LocalSGD, LocalWork
 from groundwire.plugins.edge.round import Round
-from groundwire.plugins.edge.scheduler import AllDevices, Scheduler, UniformSample
+from groundwire.plugins.edge.scheduler import AllDevices, PoissonSample, Scheduler, UniformSample
 from groundwire.plugins.edge.strategy import CheckpointMismatchError, EdgeStrategy, NonFiniteUpdateError
-from groundwire.plugins.edge.uplinks import ADSGD, CapacityLimited, Digital, ErrorFree, Received, Uplink
+from groundwire.plugins.edge.uplinks import (
+    ADSGD,
+    CapacityLimited,
+    Digital,
+    DPFedAvg,
+    DPOverTheAir,
+    ErrorFree,
+    Received,
+    Uplink,
+)
 
 __all__ = [
     "ADSGD",
@@ -18,6 +27,8 @@ __all__ = [
     "CapacityLimited",
     "CheckpointMismatchError",
     "Cost",
+    "DPFedAvg",
+    "DPOverTheAir",
     "DeviceBatch",
     "Digital",
     "Downlink",
@@ -31,6 +42,7 @@ __all__ = [
     "NonFiniteUpdateError",
     "ParameterLayout",
     "PerfectDownlink",
+    "PoissonSample",
     "Received",
     "Round",
     "Scheduler",

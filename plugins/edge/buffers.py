@@ -31,6 +31,14 @@ class DeviceBuffers:
             buffer.copy_(start)
             owner._buffers[key] = buffer
 
+    def changed(self) -> bool:
+        """Whether a device left anything else than it started from."""
+        return any(
+            not torch.equal(buffer, start)
+            for left in self._left
+            for buffer, start in zip(left, self._start, strict=True)
+        )
+
     def write(self, rows: list[int], weights: Tensor) -> None:
         """Combine what some devices left and write it into the module.
 

@@ -18,12 +18,15 @@ class Round:
         num_rounds: Rounds of the whole run, or None if it has no planned end.
         key: Names the round's random draws; ``key.devices`` are the ids of the devices that take part, one a row.
         weights: Weight of each of those devices in the aggregate, shape ``(M,)``, summing to one.
+        sample_rate: Probability with which every device of the population takes part, if each does by a coin of its
+            own; None where devices are chosen in another way.
     """
 
     index: int
     num_rounds: int | None
     key: Key
     weights: Tensor
+    sample_rate: float | None = None
 
     @property
     def devices(self) -> tuple[int, ...]:

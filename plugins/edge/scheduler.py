@@ -14,13 +14,18 @@ from groundwire.plugins.random import stream
 class Scheduler(Part, ABC):
     """Chooses, before any local work, which of the devices that have data this round take part."""
 
+    sample_rate: float | None = None
+    """Probability with which each device takes part, if that is decided for each by itself; None otherwise."""
+
     @abstractmethod
     def forward(self, device_ids: Tensor, *, round_index: int, seed: int) -> Tensor:
-        """Rows of ``device_ids``, shape ``(M,)``, that take part: int64, on the CPU, ascending, at least one."""
+        """Rows of ``device_ids``, shape ``(M,)``, that take part: int64, on the CPU, ascending; there may be none."""
 
 
 class AllDevices(Scheduler):
     """Every device takes part in every round."""
+
+    sample_rate = 1.0
 
     def forward(self, device_ids: Tensor, *, round_index: int, seed: int) -> Tensor:
         """All rows."""
@@ -68,3 +73,47 @@ class UniformSample(Scheduler):
             )
         generator = stream(seed, purpose="schedule", round=round_index)
         return torch.randperm(len(device_ids), generator=generator)[: self.num_scheduled].sort().values
+
+
+class PoissonSample(Scheduler):
+    """Each device takes part by a coin of its own, so that the number of participants varies and may be zero.
+
+    This is what accountants of device-level privacy assume. In a round without participants the server's estimate is
+    what the uplink makes of zero updates (noise, if it is private), and ``round/empty`` is logged as 1.
+
+    Args:
+        sample_rate: Probability with which a device takes part, in (0, 1].
+
+    Raises:
+        ValueError: If it is out of range.
+
+    Reference:
+        McMahan, Ramage, Talwar, Zhang, "Learning Differentially Private Recurrent Language Models", ICLR 2018.
+        arXiv:1710.06963
+
+    Example:
+        >>> PoissonSample(0.3)(torch.arange(10), round_index=0, seed=0)
+        tensor([2, 5, 8, 9])
+    """
+
+    def __init__(self, sample_rate: float) -> None:
+        super().__init__()
+        if not 0 < sample_rate <= 1:
+            raise ValueError(f"`sample_rate` is a probability in (0, 1], got {sample_rate}.")
+        self.sample_rate = sample_rate
+
+    def forward(self, device_ids: Tensor, *, round_index: int, seed: int) -> Tensor:
+        """Rows that take part, ascending.
+
+        Args:
+            device_ids: Ids of the devices that have data this round, shape ``(M,)``.
+            round_index: Round number.
+            seed: Root seed.
+
+        Returns:
+            Rows, possibly none.
+        """
+        assert self.sample_rate is not None
+        generator = stream(seed, purpose="schedule", round=round_index)
+        coins = torch.rand(len(device_ids), generator=generator, dtype=torch.float64)
+        return (coins < self.sample_rate).nonzero().flatten()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,9 +30,11 @@ from groundwire.plugins.edge.scheduler import AllDevices, Scheduler
 from groundwire.plugins.edge.updates import DeviceUpdates, DeviceWorker
 from groundwire.plugins.edge.uplinks.base import Uplink
 from groundwire.plugins.edge.uplinks.error_free import ErrorFree
+from groundwire.plugins.privacy import PrivacyStatement
 from groundwire.plugins.random import Key, root_seed
 
 _CHECKPOINT_KEY = "groundwire.edge"
+_PRIVACY_QUERIES = 20  # of a privacy accountant, in a run
 
 
 class NonFiniteUpdateError(RuntimeError):
@@ -140,6 +143,7 @@ class EdgeStrategy(SingleDeviceStrategy):
         self._root_seed = 0
         self._is_fitting = False
         self._planned_rounds: float | None = None
+        self._accounted = 0  # round of the last answer of an accountant
 
     # ---------------------------------------------------------------- set-up
 
@@ -246,15 +250,23 @@ class EdgeStrategy(SingleDeviceStrategy):
         if module.trainer.accumulate_grad_batches != 1:  # a callback may have changed it since setup
             self._refuse_accumulation(module.trainer)
         devices = batch if isinstance(batch, DeviceBatch) else DeviceBatch.split(batch, self.num_devices)
-        devices, plan = self._plan(devices)
+        devices, plan, is_empty = self._plan(devices)
 
         received_model = None
         if not self.downlink.exact:
             received_model = self.downlink(layout.flatten(dict(module.named_parameters())), plan)
         with self.precision_plugin.train_step_context():
             updates = worker(devices, args, received_model, plan)
+        if self.uplink.promises_privacy and updates.buffers is not None and updates.buffers.changed():
+            raise MisconfigurationException(
+                f"{type(module).__name__} changes buffers in its step (BatchNorm statistics), which reach the server "
+                f"beside the private updates of {type(self.uplink).__name__}. Use layers without statistics, such as "
+                "GroupNorm."
+            )
         with torch.no_grad():
             updates, plan, kept = self._only_finite(updates, plan)
+            if is_empty:
+                updates.rows.zero_()
             received = self.uplink(updates.rows, plan)
             estimate = self.aggregator(received.rows, received.weights)
             if not torch.isfinite(estimate.sum()) and not torch.isfinite(estimate).all():
@@ -268,12 +280,16 @@ class EdgeStrategy(SingleDeviceStrategy):
                 updates.buffers.write(kept, plan.weights)
         downlink_cost = self.downlink.cost(layout.numel, plan)
         metrics = dict(received.metrics)
+        if self.scheduler.sample_rate is not None and self.scheduler.sample_rate < 1:
+            metrics["round/empty"] = float(is_empty)
         if self.on_nonfinite == "drop":
             metrics["round/dropped_devices"] = len(devices) - len(plan.devices)
         sizes = [devices.batch_size] * len(devices) if devices.lengths is None else devices.lengths.tolist()
         batch_size = sum(sizes[row] for row in kept)
         self._log(module, updates, plan, metrics, received.cost, downlink_cost, batch_size)
         self.round_index += 1
+        if self.uplink.is_spent(plan.num_rounds):
+            module.trainer.should_stop = True
 
         gradients = tuple(
             None if name in updates.unused and not bool(gradient.any()) else gradient
@@ -283,7 +299,7 @@ class EdgeStrategy(SingleDeviceStrategy):
         loss = _GradientInjection.apply(loss, gradients, *trainable)  # type: ignore[no-untyped-call]
         return {"loss": loss, **updates.extras} if updates.extras else loss
 
-    def _plan(self, batch: DeviceBatch) -> tuple[DeviceBatch, Round]:
+    def _plan(self, batch: DeviceBatch) -> tuple[DeviceBatch, Round, bool]:
         largest = int(batch.device_ids.max())
         if largest >= self.num_devices:
             raise ValueError(
@@ -291,6 +307,11 @@ class EdgeStrategy(SingleDeviceStrategy):
                 f"to {self.num_devices - 1}. Give both the datamodule and the strategy the same `num_devices`."
             )
         chosen = self.scheduler(batch.device_ids, round_index=self.round_index, seed=self._root_seed)
+        # coins are accounted for only if every device tossed one
+        sample_rate = self.scheduler.sample_rate if len(batch) == self.num_devices else None
+        is_empty = len(chosen) == 0
+        if is_empty:  # a device computes in the others' place; what it computes is not sent
+            chosen = torch.zeros(1, dtype=torch.int64)
         if len(chosen) < len(batch):
             batch = batch.select(chosen)
         weights = batch.num_samples.to(torch.float64)
@@ -303,8 +324,9 @@ class EdgeStrategy(SingleDeviceStrategy):
             num_rounds=int(planned) if 0 < planned < float("inf") else None,
             key=Key(seed=self._root_seed, round=self.round_index, devices=tuple(batch.device_ids.tolist())),
             weights=(weights / weights.sum()).to(self.root_device, self.layout.dtype if self.layout else torch.float32),
+            sample_rate=sample_rate,
         )
-        return batch, plan
+        return batch, plan, is_empty
 
     def _only_finite(self, updates: DeviceUpdates, plan: Round) -> tuple[DeviceUpdates, Round, list[int]]:
         finite = torch.isfinite(updates.rows.sum(dim=1))  # one pass: NaN and infinity survive a sum
@@ -327,7 +349,7 @@ class EdgeStrategy(SingleDeviceStrategy):
         rows: list[int] = finite.nonzero().flatten().tolist()
         weights = plan.weights[rows]
         key = Key(seed=plan.key.seed, round=plan.key.round, devices=tuple(plan.devices[row] for row in rows))
-        fewer = Round(index=plan.index, num_rounds=plan.num_rounds, key=key, weights=weights / weights.sum())
+        fewer = replace(plan, key=key, weights=weights / weights.sum())
         return updates.select(rows), fewer, rows
 
     def _log(
@@ -349,9 +371,26 @@ class EdgeStrategy(SingleDeviceStrategy):
             return
         entries |= {f"{name}_cumulative": self.ledger.totals[name] for name in list(entries)}
         entries |= metrics
+        every = max(1, (plan.num_rounds or 0) // _PRIVACY_QUERIES)  # a numerical accountant takes its time
+        if plan.index // every > self._accounted // every or plan.index + 1 == plan.num_rounds or plan.index == 0:
+            self._accounted = plan.index
+            spent = self.privacy_spent(plan.index + 1)
+            if spent is not None:
+                entries["privacy/epsilon"] = spent.epsilon
         # float64, because bits are exact integers beyond float32's 2^24
         exact = {k: torch.as_tensor(v, dtype=torch.float64, device=self.root_device) for k, v in entries.items()}
         module.log_dict(exact, on_step=True, on_epoch=False, batch_size=1)
+
+    def privacy_spent(self, rounds: int | None = None) -> PrivacyStatement | None:
+        """What the uplink guarantees the devices.
+
+        Args:
+            rounds: Of the first so many rounds; by default of all so far.
+
+        Returns:
+            The guarantee, or None where the uplink promises nothing.
+        """
+        return self.uplink.privacy(rounds=self.round_index if rounds is None else rounds)
 
     @staticmethod
     def _is_logging_step(trainer: pl.Trainer, plan: Round) -> bool:

@@ -22,6 +22,11 @@ FAMILIES = {  # the overlay that needs no data to be there, and arguments for ep
     "edge": ("digits", ["--data.rounds_per_epoch=2"]),
     "information": ("digits_central", ["--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1"]),
     "adversarial": ("digits_central", ["--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1"]),
+    "privacy": ("digits_central", ["--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1"]),
+}
+NEEDED_HERE = {  # what a recipe for more data needs on the digits
+    "dp_film_few_shot": ["--data.train_fraction=1.0"],
+    "film_few_shot": ["--data.train_fraction=1.0"],
 }
 UNTRACKED = ("--trainer.logger", "groundwire.callbacks.reporting.MetricsCSV")  # W&B is tested once, elsewhere
 
@@ -95,22 +100,24 @@ def short(request: pytest.FixtureRequest) -> Callable[[Recipe], list[str]]:
     def words(recipe: Recipe) -> list[str]:
         overlay, few = FAMILIES[recipe.family]
         given = teachers_argument(recipe, request.getfixturevalue("teacher")) if teachers_of(recipe) else []
-        return [f"--config={overlay}", *few, *given]
+        return [f"--config={overlay}", *few, *NEEDED_HERE.get(recipe.name, []), *given]
 
     return words
 
 
 def teachers_of(recipe: Recipe) -> list[str]:
-    """Where a recipe looks for its teachers: ``checkpoint`` or ``checkpoints`` of its last callback."""
+    """Where a recipe looks for its teachers: ``checkpoint``, ``checkpoints`` or ``pretrained`` of its last callback."""
     options = yaml.safe_load(recipe.path.read_text())["trainer"]["callbacks"][-1].get("init_args", {})
-    return options.get("checkpoints") or ([options["checkpoint"]] if options.get("checkpoint") else [])
+    one = options.get("checkpoint") or options.get("pretrained")
+    return options.get("checkpoints") or ([one] if one else [])
 
 
 def teachers_argument(recipe: Recipe, path: Path) -> list[str]:
     """Another teacher, for each place; of a list of callbacks, such an argument is for the last."""
     number = len(teachers_of(recipe))
     if number == 1:
-        return [f"--trainer.callbacks.init_args.checkpoint={path}"]
+        name = "pretrained" if recipe.family == "privacy" else "checkpoint"
+        return [f"--trainer.callbacks.init_args.{name}={path}"]
     return [f"--trainer.callbacks.init_args.checkpoints=[{', '.join([str(path)] * number)}]"]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from groundwire.plugins.edge.ledger import Cost
 from groundwire.plugins.edge.part import Part
 from groundwire.plugins.edge.round import Round
+from groundwire.plugins.privacy import PrivacyStatement
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -42,3 +43,16 @@ class Uplink(Part, ABC):
 
         They are not to be modified, nor kept beyond the round: their memory is used again.
         """
+
+    @property
+    def promises_privacy(self) -> bool:
+        """Whether :meth:`privacy` states a guarantee."""
+        return False
+
+    def privacy(self, *, rounds: int) -> PrivacyStatement | None:  # most promise nothing
+        """What the first ``rounds`` rounds guarantee the devices; None if nothing."""
+        return None
+
+    def is_spent(self, planned: int | None) -> bool:
+        """Whether a privacy budget does not pay for a further round; ``planned`` are the rounds of the whole run."""
+        return False

@@ -1,0 +1,357 @@
+"""Clips every record's gradient, in one or two backward passes of an unmodified module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from groundwire.callbacks.privacy.grad_samples import (
+    GradSamples,
+    Inputs,
+    Instantiated,
+    LayerGradients,
+    bookkeeping,
+    functorch_grad_samples,
+    opacus_grad_samples,
+)
+
+EngineName = Literal["auto", "bookkeeping", "ghost", "hooks", "functorch"]
+"""How per-sample gradients are handled; ``"auto"`` is book-keeping, which builds them only where a layer needs it."""
+
+Weigh = Callable[[dict[Tensor, Tensor]], dict[Tensor, Tensor]]
+"""From squared norms of the records' gradients to the weights with which the records enter the sum, both ``(n,)``."""
+
+
+class PerSampleGradients:
+    """Observes the layers of a module, so that after a backward pass the records' gradients can be weighed and summed.
+
+    Nothing is wrapped or renamed: layers that own parameters get forward hooks, which note the inputs, and have autograd
+    report the gradient at the output. Only what the backward pass of the loss itself reaches counts, so forward passes
+    made on the side (an attack's, a teacher's) do not disturb. While a layer runs, its parameters do not require
+    gradients: autograd skips the sum over the records, which would be thrown away, and a gradient that reaches a
+    parameter in another way than through its layer shows up in ``p.grad`` and is refused.
+
+    Args:
+        module: The module; its trainable parameters are those that require gradients when :meth:`attach` is called.
+        engine: ``"hooks"`` builds all per-sample gradients by Opacus's rules, ``"functorch"`` by ``vmap``;
+            ``"bookkeeping"`` derives norms and sums of linear layers, convolutions and embeddings from inputs and
+            backprops; ``"ghost"`` takes norms likewise, and makes the sum by a second backward pass.
+        ghost_output: With ``"ghost"``, the dotted name of the submodule (by default the module itself) whose output,
+            one tensor with the records first, is all that the loss depends on.
+
+    Raises:
+        MisconfigurationException: In :meth:`attach`, if a parameter cannot be seen through a layer.
+
+    Example:
+        >>> net = nn.Linear(3, 1)
+        >>> engine = PerSampleGradients(net)
+        >>> with engine.attached():
+        ...     engine.begin()
+        ...     net(torch.ones(4, 3)).mean().backward()
+        ...     norms = engine.squared_norms(batch_size=4)
+        >>> norms[net.weight]
+        tensor([3., 3., 3., 3.])
+
+    Reference:
+        Yousefpour et al., "Opacus: User-Friendly Differential Privacy Library in PyTorch", 2021. arXiv:2109.12298
+        Bu et al., "Differentially Private Optimization on Large Model at Small Cost", ICML 2023. arXiv:2210.00038
+        Li et al., "Large Language Models Can Be Strong Differentially Private Learners", ICLR 2022. arXiv:2110.05679
+    """
+
+    def __init__(self, module: nn.Module, engine: EngineName = "auto", ghost_output: str = "") -> None:
+        self.module = module
+        self.engine = engine
+        self.ghost_output = ghost_output
+        self.parameters: dict[str, Tensor] = {}
+        self._records: dict[nn.Module, list[tuple[Inputs, Tensor]]] = {}
+        self._names: dict[nn.Module, str] = {}
+        self._handles: list[RemovableHandle] = []
+        self._anchor: Tensor | None = None
+        self._paused = False
+        self._frozen_for_call: list[Tensor] = []
+        self._row_scale: Tensor | None = None  # ghost: what the second pass multiplies the rows of the output by
+        self._gradients: list[LayerGradients] | None = None
+
+    # ---------------------------------------------------------------- attach
+
+    def attach(self) -> None:
+        """Put hooks on all layers that own trainable parameters.
+
+        Raises:
+            MisconfigurationException: If a parameter belongs to no layer that can be observed.
+        """
+        self.detach()
+        self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise MisconfigurationException(
+                f"{type(self.module).__name__} has no parameter that requires a gradient: nothing to train privately."
+            )
+        inside: set[nn.Module] = set()
+        for name, layer in self.module.named_modules():
+            if layer in inside or not any(p.requires_grad for p in layer.parameters(recurse=False)):
+                continue
+            inside |= set(layer.modules())  # of a layer with parameters and submodules, the whole is one layer
+            self._refuse(name, layer)
+            self._names[layer] = name
+            self._handles += [
+                layer.register_forward_pre_hook(self._before_forward),
+                layer.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
+            ]
+        if self.engine == "ghost":
+            output_of = self.module.get_submodule(self.ghost_output)
+            self._handles.append(output_of.register_forward_hook(self._note_output))
+        # on the first parameter's device; it lets autograd report at outputs of layers whose input needs no gradient
+        self._anchor = torch.zeros((), device=next(iter(self.parameters.values())).device, requires_grad=True)
+
+    def _refuse(self, name: str, layer: nn.Module) -> None:
+        own = ", ".join(f"`{n}`" for n, p in layer.named_parameters(recurse=False) if p.requires_grad)
+        if layer is self.module:
+            raise MisconfigurationException(
+                f"{own} belongs to {type(layer).__name__} itself, whose forward cannot be told apart from the step. Put "
+                "it into a submodule of its own, whose forward uses it."
+            )
+        if isinstance(layer, nn.Embedding) and layer.scale_grad_by_freq:
+            raise MisconfigurationException(
+                f"`{name}` scales gradients by how often the batch has a token, which mixes records. Set "
+                "scale_grad_by_freq=False."
+            )
+
+    def detach(self) -> None:
+        """Take all hooks away; calling it again does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._thaw()
+        self._handles.clear()
+        self._records.clear()
+        self._names.clear()
+        self._gradients = self._row_scale = None
+        self.parameters = {}
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Attach for the time of a context."""
+        self.attach()
+        try:
+            yield
+        finally:
+            self.detach()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Observe nothing for the time of a context."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def _before_forward(self, layer: nn.Module, inputs: Any) -> None:
+        if self._paused or not torch.is_grad_enabled() or self.engine == "ghost":
+            return
+        for p in layer.parameters():
+            if p.requires_grad:
+                p.requires_grad_(False)
+                self._frozen_for_call.append(p)
+
+    def _thaw(self) -> None:
+        for p in self._frozen_for_call:
+            p.requires_grad_(True)
+        self._frozen_for_call.clear()
+
+    def _after_forward(self, layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        self._thaw()
+        if self._paused or not torch.is_grad_enabled():
+            return None
+        inputs = [x.detach() for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        if not isinstance(output, Tensor):
+            if output is None:  # the forward failed: its own error is the one to see
+                return None
+            raise MisconfigurationException(
+                f"`{self._names[layer]}` ({type(layer).__name__}) returns a {type(output).__name__}: per-sample "
+                "gradients need layers that return one tensor. Opacus has DPLSTM, DPGRU and DPMultiheadAttention."
+            )
+        return _Observed.apply(output, self._anchor, self, layer, *inputs)  # type: ignore[no-untyped-call]
+
+    def _note_output(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+        if self._paused or not torch.is_grad_enabled() or not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        output.register_hook(self._scale_rows)  # type: ignore[no-untyped-call]
+
+    def _scale_rows(self, gradient: Tensor) -> Tensor:
+        if self._row_scale is None:
+            return gradient
+        scale = self._row_scale.to(gradient.dtype).view(-1, *[1] * (gradient.ndim - 1))
+        return torch.where(scale == 0, 0, gradient * scale)
+
+    def record(self, layer: nn.Module, inputs: Inputs, backprops: Tensor) -> None:
+        """What autograd reports: a layer's inputs, and the gradient at its output."""
+        if not self._paused and self._row_scale is None:
+            self._records.setdefault(layer, []).append((inputs, backprops))
+
+    # ---------------------------------------------------------------- a step
+
+    def begin(self) -> None:
+        """Forget what backward passes before the one of the loss have reported."""
+        self._records.clear()
+        self._gradients = self._row_scale = None
+
+    def stray(self) -> list[str]:
+        """Names of parameters that a gradient reached in another way than through their layer."""
+        if self.engine == "ghost":
+            return []
+        return [name for name, p in self.parameters.items() if p.grad is not None]
+
+    def unreached(self) -> list[str]:
+        """Names of parameters whose layer no gradient reached."""
+        reached = {p for layer in self._records for p in layer.parameters()}
+        return [name for name, p in self.parameters.items() if p not in reached]
+
+    def squared_norms(self, batch_size: int, scale: float = 1.0) -> dict[Tensor, Tensor]:
+        """Squared norms of the records' gradients, for each parameter that was reached.
+
+        Args:
+            batch_size: Records ``n`` of the batch.
+            scale: What the gradient of the mean loss has to be multiplied by; the steps whose losses Lightning averages.
+
+        Returns:
+            Tensors of shape ``(n,)``, by parameter.
+
+        Raises:
+            MisconfigurationException: If a layer saw another number of rows than the batch has records.
+        """
+        norms: dict[Tensor, Tensor] = {}
+        for gradients in self._layer_gradients(batch_size):
+            for p, norm in gradients.squared_norms().items():
+                norms[p] = norm * (scale * batch_size) ** 2
+        return norms
+
+    def weighted_sum(self, weights: dict[Tensor, Tensor], batch_size: int, scale: float = 1.0) -> dict[Tensor, Tensor]:
+        """The sum of the records' gradients with these weights, in the parameters' dtypes.
+
+        Args:
+            weights: Shape ``(n,)``, by parameter.
+            batch_size: As in :meth:`squared_norms`.
+            scale: As there.
+
+        Returns:
+            Tensors of the parameters' shapes, by parameter that was reached.
+        """
+        scaled = {p: w * (scale * batch_size) for p, w in weights.items()}
+        sums: dict[Tensor, Tensor] = {}
+        for gradients in self._layer_gradients(batch_size):
+            sums |= {p: total.to(p.dtype) for p, total in gradients.weighted_sum(scaled).items()}
+        return sums
+
+    def discard(self, records: Tensor) -> None:
+        """Take records out of the step, whose gradients are not finite: a weight of 0 would make NaN of them.
+
+        Args:
+            records: Which, bool, shape ``(n,)``.
+        """
+        self._gradients = None
+        for calls in self._records.values():
+            for i, (inputs, backprops) in enumerate(calls):
+                calls[i] = (tuple(_without(x, records) for x in inputs), _without(backprops, records))
+
+    def first_pass(self, loss: Tensor) -> None:
+        """With ``"ghost"``: have autograd report the gradients at the layers' outputs, and keep the graph.
+
+        Args:
+            loss: The loss that is about to be differentiated.
+        """
+        assert self._anchor is not None
+        torch.autograd.grad(loss, self._anchor, retain_graph=True, allow_unused=True)
+
+    def second_pass_with(self, weights: Tensor, batch_size: int, scale: float = 1.0) -> None:
+        """With ``"ghost"``: have the backward pass that follows make the weighted sum.
+
+        Args:
+            weights: One weight a record, shape ``(n,)``, for all parameters.
+            batch_size: As in :meth:`squared_norms`.
+            scale: As there.
+        """
+        self._row_scale = weights * (scale * batch_size)
+        self._gradients = None
+        self._records.clear()
+
+    def end(self) -> None:
+        """Let go of the step's tensors."""
+        self.begin()
+
+    def _layer_gradients(self, batch_size: int) -> list[LayerGradients]:
+        if self._gradients is None:
+            with self.paused(), torch.no_grad():
+                self._gradients = list(self._by_layer(batch_size))
+        return self._gradients
+
+    def _by_layer(self, batch_size: int) -> Iterator[LayerGradients]:
+        users: dict[Tensor, int] = {}  # calls that a parameter took part in
+        for layer, calls in self._records.items():
+            for p in set(layer.parameters()):
+                users[p] = users.get(p, 0) + len(calls)
+        shared: GradSamples = {}
+        for layer, calls in self._records.items():
+            for inputs, backprops in calls:
+                self._check_rows(layer, inputs, backprops, batch_size)
+            # the caller's precision may be lower than the parameters'; sums over records belong in the latter
+            own = [p for p in layer.parameters() if p.requires_grad]
+            calls = [(_as(inputs, own[0].dtype), b.to(own[0].dtype)) for inputs, b in calls]
+            once = all(users[p] == 1 for p in own)
+            known = bookkeeping(layer) if self.engine in ("auto", "bookkeeping", "ghost") else None
+            if once and known is not None:
+                yield known(layer, *calls[0])
+                continue
+            build = functorch_grad_samples if self.engine == "functorch" else opacus_grad_samples
+            if any(True for _ in layer.children()):  # no rule of Opacus's sees the whole of it
+                build = functorch_grad_samples
+            for inputs, backprops in calls:
+                samples = {p: s for p, s in build(layer, inputs, backprops).items() if p.requires_grad}
+                if once:
+                    yield Instantiated(samples)
+                    continue
+                for param, sample in samples.items():  # gradients of several uses add before a norm is taken
+                    shared[param] = shared[param] + sample if param in shared else sample
+        if shared:
+            yield Instantiated(shared)
+
+    def _check_rows(self, layer: nn.Module, inputs: Inputs, backprops: Tensor, batch_size: int) -> None:
+        for what, x in (("input", inputs[0]), ("output", backprops)):
+            if x.ndim == 0 or len(x) != batch_size:
+                raise MisconfigurationException(
+                    f"`{self._names[layer]}` ({type(layer).__name__}) has an {what} of shape {list(x.shape)}, but the "
+                    f"batch has {batch_size} records: the first dimension must be the records. Keep it through the "
+                    "network (batch first; no merging of records and positions)."
+                )
+
+
+class _Observed(torch.autograd.Function):
+    """The output of a layer as it is, reporting its gradient when the backward pass comes by."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, anchor: Tensor, engine: PerSampleGradients, layer: nn.Module, *inputs: Tensor
+    ) -> Tensor:
+        ctx.engine, ctx.layer = engine, layer
+        ctx.save_for_backward(*inputs)  # so that autograd notices an input that was changed in place
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (backprops,) = grad_outputs
+        ctx.engine.record(ctx.layer, ctx.saved_tensors, backprops.detach())
+        return backprops, None, None, None, *(None for _ in ctx.saved_tensors)
+
+
+def _as(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+
+
+def _without(x: Tensor, records: Tensor) -> Tensor:
+    return x.masked_fill(records.to(x.device).view(-1, *[1] * (x.ndim - 1)), 0)

@@ -1,0 +1,314 @@
+"""What every record contributes to the gradient of a layer: per-sample gradients, and ways around building them.
+
+A layer is seen through its inputs ``a`` and the gradient ``b`` of the summed loss at its output, both with the records
+in the first dimension. All that clipping needs are the norms of the records' gradients and their weighted sum; for a
+linear map both follow from ``a`` and ``b`` without the gradients themselves.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from opacus.grad_sample import GradSampleHooks
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
+from typing_extensions import override
+
+Inputs = tuple[Tensor, ...]
+GradSamples = dict[Tensor, Tensor]
+"""Per-sample gradients, shape ``(n, *parameter.shape)``, of the parameters that require gradients."""
+
+
+def opacus_grad_samples(layer: nn.Module, inputs: Inputs, backprops: Tensor) -> GradSamples:
+    """Per-sample gradients by Opacus's rule for the layer's type, or by ``torch.func`` where it has none.
+
+    Args:
+        layer: The layer.
+        inputs: Its inputs, records first.
+        backprops: Gradient of the summed loss at its output, records first.
+
+    Returns:
+        The gradients.
+    """
+    sampler = GradSampleHooks.GRAD_SAMPLERS.get(type(layer))
+    pads = isinstance(layer, nn.Embedding) and layer.padding_idx is not None  # Opacus gives padding a gradient
+    if sampler is None or pads:
+        return functorch_grad_samples(layer, inputs, backprops)
+    samples: GradSamples = sampler(layer, list(inputs), backprops)
+    return samples
+
+
+def functorch_grad_samples(layer: nn.Module, inputs: Inputs, backprops: Tensor) -> GradSamples:
+    """Per-sample gradients by ``vmap`` over the layer's own forward, whatever it computes.
+
+    Args:
+        layer: A layer whose forward acts on each record alone.
+        inputs: Its inputs, records first.
+        backprops: Gradient of the summed loss at its output, records first.
+
+    Returns:
+        The gradients, of the parameters of submodules as well.
+    """
+    params = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+
+    def weighted(values: dict[str, Tensor], one: Inputs, backprop: Tensor) -> Tensor:
+        output = torch.func.functional_call(layer, values, tuple(x.unsqueeze(0) for x in one))
+        total: Tensor = (output * backprop.unsqueeze(0)).sum()
+        return total
+
+    detached = {name: p.detach() for name, p in params.items()}
+    samples = torch.func.vmap(torch.func.grad(weighted), in_dims=(None, 0, 0))(detached, inputs, backprops)
+    return {p: samples[name] for name, p in params.items()}
+
+
+class LayerGradients(ABC):
+    """The records' gradients of one layer in one step.
+
+    Args:
+        layer: The layer.
+        inputs: Its inputs, records first.
+        backprops: Gradient of the summed loss at its output, records first.
+    """
+
+    def __init__(self, layer: nn.Module, inputs: Inputs, backprops: Tensor) -> None:
+        self.layer = layer
+        self.inputs = inputs
+        self.backprops = backprops
+
+    @abstractmethod
+    def squared_norms(self) -> dict[Tensor, Tensor]:
+        """Squared norm of each record's gradient, shape ``(n,)``, for each parameter."""
+
+    @abstractmethod
+    def weighted_sum(self, weights: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """``sum_i weights[p][i] * gradient_i`` for each parameter, from weights of shape ``(n,)``."""
+
+
+class Instantiated(LayerGradients):
+    """Builds the per-sample gradients, and keeps them.
+
+    Args:
+        samples: The gradients.
+    """
+
+    def __init__(self, samples: GradSamples) -> None:
+        self.samples = samples
+
+    @override
+    def squared_norms(self) -> dict[Tensor, Tensor]:
+        return {p: _squared_norms(samples) for p, samples in self.samples.items()}
+
+    @override
+    def weighted_sum(self, weights: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        return {p: (weights[p].to(s.dtype) @ s.flatten(1)).view(p.shape) for p, s in self.samples.items()}
+
+
+class LinearMap(LayerGradients, ABC):
+    """A layer whose weight gradient is ``sum_t b_t a_t^T`` over ``T`` positions: book-keeping.
+
+    With few positions the norm comes from the Gram matrices of the positions, ``sum_ts (a_t.a_s)(b_t.b_s)``, at
+    ``T^2 (d_in + d_out)`` products and ``T^2`` numbers a record; else from the gradients, which cost ``T d_in d_out``
+    and ``d_in d_out`` numbers. These are kept where they are smaller than what was recorded, and otherwise one
+    matrix product makes the weighted sum.
+
+    Reference:
+        Bu, Wang, Zha, Karypis, "Differentially Private Optimization on Large Model at Small Cost", ICML 2023,
+        Section 2. arXiv:2210.00038
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    _samples: Tensor | None = None
+
+    @abstractmethod
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """``a`` of shape ``(n, T, d_in)`` and ``b`` of shape ``(n, T, d_out)``."""
+
+    @abstractmethod
+    def weight_sum(self, weights: Tensor) -> Tensor:
+        """The weighted sum of the weight's gradients, in the weight's shape."""
+
+    def weight_samples(self) -> Tensor:
+        """The gradients of the weight themselves, shape ``(n, d_out, d_in)``."""
+        a, b = self.positions()
+        return b.transpose(1, 2) @ a
+
+    def summed_backprops(self) -> Tensor:
+        """The gradients of the bias, shape ``(n, d_out)``."""
+        return self.positions()[1].sum(1)
+
+    @property
+    def num_positions(self) -> int:
+        """``T``."""
+        return self.backprops.shape[1:].numel() // self.weight.shape[0]
+
+    @override
+    def squared_norms(self) -> dict[Tensor, Tensor]:
+        norms: dict[Tensor, Tensor] = {}
+        if self.weight.requires_grad:
+            if self.num_positions == 1:
+                a, b = self.positions()
+                norms[self.weight] = _squared_norms(a) * _squared_norms(b)
+            elif 2 * self.num_positions**2 < self.weight.numel():
+                a, b = self.positions()
+                gram = (a @ a.transpose(1, 2)).mul_(b @ b.transpose(1, 2))
+                norms[self.weight] = gram.sum((1, 2)).clamp_min_(0)
+            else:
+                samples = self.weight_samples()
+                norms[self.weight] = _squared_norms(samples)
+                recorded = self.inputs[0].numel() + self.backprops.numel()
+                self._samples = samples if samples.numel() <= recorded else None
+        if self.bias is not None and self.bias.requires_grad:
+            norms[self.bias] = _squared_norms(self.summed_backprops())
+        return norms
+
+    @override
+    def weighted_sum(self, weights: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        sums: dict[Tensor, Tensor] = {}
+        if self.weight.requires_grad:
+            w = weights[self.weight].to(self.backprops.dtype)
+            if self._samples is not None:
+                sums[self.weight] = (w @ self._samples.flatten(1)).view(self.weight.shape)
+            else:
+                sums[self.weight] = self.weight_sum(w)
+        if self.bias is not None and self.bias.requires_grad:
+            sums[self.bias] = weights[self.bias].to(self.backprops.dtype) @ self.summed_backprops()
+        return sums
+
+
+class LinearGradients(LinearMap):
+    """``nn.Linear``, on vectors or on sequences."""
+
+    def __init__(self, layer: nn.Linear, inputs: Inputs, backprops: Tensor) -> None:
+        super().__init__(layer, inputs, backprops)
+        self.weight, self.bias = layer.weight, layer.bias
+
+    @override
+    def positions(self) -> tuple[Tensor, Tensor]:
+        n = len(self.backprops)
+        a, b = self.inputs[0], self.backprops
+        return a.reshape(n, -1, a.shape[-1]), b.reshape(n, -1, b.shape[-1])
+
+    @override
+    def weight_sum(self, weights: Tensor) -> Tensor:
+        a, b = self.positions()
+        return (b * weights[:, None, None]).flatten(0, 1).T @ a.flatten(0, 1)
+
+
+class Conv2dGradients(LinearMap):
+    """``nn.Conv2d`` with one group: a linear map on patches."""
+
+    def __init__(self, layer: nn.Conv2d, inputs: Inputs, backprops: Tensor) -> None:
+        super().__init__(layer, inputs, backprops)
+        self.conv, self.weight, self.bias = layer, layer.weight, layer.bias
+
+    @staticmethod
+    def takes(layer: nn.Module) -> bool:
+        """Whether this class knows the layer."""
+        return (
+            type(layer) is nn.Conv2d
+            and layer.groups == 1
+            and layer.padding_mode == "zeros"
+            and not isinstance(layer.padding, str)
+        )
+
+    def _patches(self) -> Tensor:
+        conv = self.conv
+        assert not isinstance(conv.padding, str)
+        return F.unfold(self.inputs[0], conv.kernel_size, conv.dilation, conv.padding, conv.stride)
+
+    @override
+    def positions(self) -> tuple[Tensor, Tensor]:
+        return self._patches().transpose(1, 2), self.backprops.flatten(2).transpose(1, 2)
+
+    @override
+    def summed_backprops(self) -> Tensor:
+        return self.backprops.flatten(2).sum(2)
+
+    @override
+    def weight_samples(self) -> Tensor:
+        conv, (a, b) = self.conv, (self.inputs[0], self.backprops)
+        n = len(b)
+        if b.is_cuda or self.num_positions < 32:  # copying patches pays where a grouped convolution has little to do
+            return b.flatten(2) @ self._patches().transpose(1, 2)
+        per_record = (n * conv.out_channels, *conv.weight.shape[1:])
+        samples: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]  # one convolution whose groups are the records
+            a.reshape(1, -1, *a.shape[2:]),
+            per_record,
+            b.reshape(1, -1, *b.shape[2:]),
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            groups=n,
+        )
+        return samples.view(n, *conv.weight.shape)
+
+    @override
+    def weight_sum(self, weights: Tensor) -> Tensor:
+        conv = self.conv
+        total: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]
+            self.inputs[0],
+            conv.weight.shape,
+            self.backprops * weights[:, None, None, None],
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+        )
+        return total
+
+
+class EmbeddingGradients(LayerGradients):
+    """``nn.Embedding``: rows of the table that a record looked up more than once add before the norm is taken."""
+
+    def __init__(self, layer: nn.Embedding, inputs: Inputs, backprops: Tensor) -> None:
+        super().__init__(layer, inputs, backprops)
+        self.embedding = layer
+
+    def _lookups(self) -> tuple[Tensor, Tensor]:
+        n = len(self.backprops)
+        ids, b = self.inputs[0].reshape(n, -1), self.backprops.reshape(n, -1, self.backprops.shape[-1])
+        if self.embedding.padding_idx is not None:
+            b = b.masked_fill((ids == self.embedding.padding_idx).unsqueeze(-1), 0)
+        return ids, b
+
+    @override
+    def squared_norms(self) -> dict[Tensor, Tensor]:
+        ids, b = self._lookups()
+        same = ids.unsqueeze(1) == ids.unsqueeze(2)
+        norms = ((b @ b.transpose(1, 2)) * same).sum((1, 2)).clamp_min_(0)
+        return {self.embedding.weight: norms}
+
+    @override
+    def weighted_sum(self, weights: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        ids, b = self._lookups()
+        table = self.embedding.weight
+        rows = (b * weights[table].to(b.dtype)[:, None, None]).flatten(0, 1)
+        return {table: torch.zeros_like(table, dtype=b.dtype).index_add_(0, ids.flatten(), rows)}
+
+
+def bookkeeping(layer: nn.Module) -> Callable[[Any, Inputs, Tensor], LayerGradients] | None:
+    """The way around per-sample gradients that a layer's type allows, if there is one.
+
+    Args:
+        layer: The layer.
+
+    Returns:
+        What takes the layer, its inputs and its backprops; None where the gradients have to be built.
+    """
+    if type(layer) is nn.Linear:
+        return LinearGradients
+    if Conv2dGradients.takes(layer):
+        return Conv2dGradients
+    if type(layer) is nn.Embedding:
+        return EmbeddingGradients
+    return None
+
+
+def _squared_norms(x: Tensor) -> Tensor:
+    """Of each row, in single precision at least."""
+    norms: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return norms.square()
