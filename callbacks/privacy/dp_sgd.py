@@ -20,6 +20,7 @@ from groundwire.callbacks.privacy.engine import EngineName, PerSampleGradients
 from groundwire.callbacks.privacy.models import fix_layers, refuse_layers
 from groundwire.callbacks.privacy.probe import probe_independence, stray_gradient
 from groundwire.callbacks.privacy.sampling import (
+    PoissonLoader,
     PoissonSampler,
     batch_size_of,
     chunks_within,
@@ -39,6 +40,7 @@ _QUERIES = 20  # how often a run asks the accountant, which takes a hundredth to
 _SETTINGS = (
     "num_records",
     "logical_batch",
+    "num_chunks",
     "noise_multiplier",
     "target_delta",
     "max_grad_norm",
@@ -65,7 +67,8 @@ class DPSGD(pl.Callback):
 
     Batches vary in size around ``batch_size``; an empty one, which is possible with small batches, still makes a step,
     for which the module sees one record in its place whose gradient does not count (what the module logs then is of
-    that record). A record whose gradient is not finite is left out of the sum, without any sign of it.
+    that record). A record whose gradient is not finite is left out of the sum, without any sign of it (with ghost
+    clipping, the step is refused instead).
 
     Args:
         target_epsilon: Budget. The noise is chosen so that all planned steps use it up; with ``noise_multiplier`` given
@@ -231,7 +234,9 @@ class DPSGD(pl.Callback):
             num_ranks=ranks,
         )
         self._sampler = sampler
-        return with_sampler(loader, sampler)
+        private = with_sampler(loader, sampler)
+        self._undo.append(private.shutdown)
+        return private
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse layers, now that other callbacks have frozen what they freeze."""
@@ -243,6 +248,11 @@ class DPSGD(pl.Callback):
         if sampler is None:
             raise MisconfigurationException("DPSGD saw no train loader: it trains with one loader of its own batches.")
         chunks = sampler.num_chunks
+        if not isinstance(trainer.train_dataloader, PoissonLoader):
+            raise MisconfigurationException(
+                f"DPSGD trains with one loader, got a {type(trainer.train_dataloader).__name__} of loaders: a record's chance "
+                "to take part would differ between them. Join the datasets with torch.utils.data.ConcatDataset."
+            )
         if trainer.num_training_batches % chunks:
             below = int(trainer.num_training_batches) // chunks * chunks
             raise MisconfigurationException(
@@ -351,26 +361,17 @@ class DPSGD(pl.Callback):
 
     # ---------------------------------------------------------------- a step
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Observe parameters that were unfrozen since."""
-        assert self._gradients is not None
-        trainable = {name for name, p in pl_module.named_parameters() if p.requires_grad}
-        if trainable != set(self._gradients.parameters):
-            refuse_layers(pl_module)
-            self._gradients.attach()
-            self._clipping.num_parameters = len(self._gradients.parameters)
-            self._check_optimizer(trainer)
-
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Look up how many records the batch has, unless the budget is spent; before the first one, probe the step."""
         assert self._sampler is not None
         assert self._gradients is not None
+        self._observe_unfrozen(trainer, pl_module)
         if self.probe and not self._probed:  # here, all callbacks have put layers into the modes that they want
             self._probed = True
-            records = read_records(self._loader, [0, self._sampler.num_records - 1])
-            probe_independence(trainer, pl_module, self._gradients, records)
+            last = self._sampler.num_records - 1
+            probe_independence(trainer, pl_module, self._gradients, lambda: read_records(self._loader, [0, last]))
         chunks = self._sampler.num_chunks
         index = batch_idx % chunks
         if self.steps >= self._budget:
@@ -381,6 +382,16 @@ class DPSGD(pl.Callback):
         self._is_last = index == chunks - 1
         self._is_clipped = False
         self._size = self._sampler.size_of(trainer.global_step, index)
+
+    def _observe_unfrozen(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Observe what was frozen or unfrozen since the last step."""
+        assert self._gradients is not None
+        trainable = sum(p.requires_grad for p in pl_module.parameters())
+        if trainable != len(self._gradients.parameters):
+            refuse_layers(pl_module)
+            self._gradients.attach()
+            self._clipping.num_parameters = trainable
+            self._check_optimizer(trainer)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Start to observe; with ghost clipping, run the first of the two backward passes."""
@@ -596,6 +607,7 @@ class DPSGD(pl.Callback):
         return {
             "num_records": self._sampler.num_records,
             "logical_batch": self._sampler.logical_batch,
+            "num_chunks": self._sampler.num_chunks,
             "noise_multiplier": self.noise_multiplier,
             "target_delta": self.target_delta,
             "max_grad_norm": self.max_grad_norm,

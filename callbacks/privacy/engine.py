@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from opacus.layers.dp_rnn import DPRNNBase
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from groundwire.callbacks.privacy.grad_samples import (
+    Call,
     GradSamples,
-    Inputs,
     Instantiated,
     LayerGradients,
     bookkeeping,
     functorch_grad_samples,
     opacus_grad_samples,
 )
+
+_TRANSPARENT = (DPRNNBase,)  # its cells' parameters are registered on it as well
 
 EngineName = Literal["auto", "bookkeeping", "ghost", "hooks", "functorch"]
 """How per-sample gradients are handled; ``"auto"`` is book-keeping, which builds them only where a layer needs it."""
@@ -49,13 +52,13 @@ class PerSampleGradients:
         MisconfigurationException: In :meth:`attach`, if a parameter cannot be seen through a layer.
 
     Example:
-        >>> net = nn.Linear(3, 1)
+        >>> net = nn.Sequential(nn.Linear(3, 1))
         >>> engine = PerSampleGradients(net)
         >>> with engine.attached():
         ...     engine.begin()
         ...     net(torch.ones(4, 3)).mean().backward()
         ...     norms = engine.squared_norms(batch_size=4)
-        >>> norms[net.weight]
+        >>> norms[net[0].weight]
         tensor([3., 3., 3., 3.])
 
     Reference:
@@ -69,13 +72,15 @@ class PerSampleGradients:
         self.engine = engine
         self.ghost_output = ghost_output
         self.parameters: dict[str, Tensor] = {}
-        self._records: dict[nn.Module, list[tuple[Inputs, Tensor]]] = {}
+        self._records: dict[nn.Module, list[tuple[Call, Tensor]]] = {}
         self._names: dict[nn.Module, str] = {}
         self._handles: list[RemovableHandle] = []
         self._anchor: Tensor | None = None
         self._paused = False
         self._frozen_for_call: list[Tensor] = []
         self._row_scale: Tensor | None = None  # ghost: what the second pass multiplies the rows of the output by
+        self._first: dict[nn.Module, list[Tensor]] = {}  # ghost: what the first pass reported
+        self._is_first_pass = False
         self._gradients: list[LayerGradients] | None = None
 
     # ---------------------------------------------------------------- attach
@@ -92,11 +97,15 @@ class PerSampleGradients:
             raise MisconfigurationException(
                 f"{type(self.module).__name__} has no parameter that requires a gradient: nothing to train privately."
             )
-        inside: set[nn.Module] = set()
-        for name, layer in self.module.named_modules():
-            if layer in inside or not any(p.requires_grad for p in layer.parameters(recurse=False)):
+        owners = {
+            layer: name
+            for name, layer in self.module.named_modules()
+            if any(p.requires_grad for p in layer.parameters(recurse=False)) and not isinstance(layer, _TRANSPARENT)
+        }
+        inside = {part for layer in owners for part in layer.modules() if part is not layer}
+        for layer, name in owners.items():
+            if layer in inside:  # of a layer with parameters and submodules, the whole is one layer
                 continue
-            inside |= set(layer.modules())  # of a layer with parameters and submodules, the whole is one layer
             self._refuse(name, layer)
             self._names[layer] = name
             self._handles += [
@@ -116,7 +125,12 @@ class PerSampleGradients:
                 f"{own} belongs to {type(layer).__name__} itself, whose forward cannot be told apart from the step. Put "
                 "it into a submodule of its own, whose forward uses it."
             )
-        if isinstance(layer, nn.Embedding) and layer.scale_grad_by_freq:
+        if self.engine == "ghost" and any(True for _ in layer.children()):
+            raise MisconfigurationException(
+                f"Ghost clipping cannot tell {own} of `{name}` from the parameters of its submodules. Use "
+                "engine='bookkeeping', or put them into a submodule of their own."
+            )
+        if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.scale_grad_by_freq:
             raise MisconfigurationException(
                 f"`{name}` scales gradients by how often the batch has a token, which mixes records. Set "
                 "scale_grad_by_freq=False."
@@ -168,44 +182,88 @@ class PerSampleGradients:
         self._thaw()
         if self._paused or not torch.is_grad_enabled():
             return None
-        inputs = [x.detach() for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        if output is None:  # the forward failed: its own error is the one to see
+            return None
         if not isinstance(output, Tensor):
-            if output is None:  # the forward failed: its own error is the one to see
-                return None
             raise MisconfigurationException(
                 f"`{self._names[layer]}` ({type(layer).__name__}) returns a {type(output).__name__}: per-sample "
                 "gradients need layers that return one tensor. Opacus has DPLSTM, DPGRU and DPMultiheadAttention."
             )
-        return _Observed.apply(output, self._anchor, self, layer, *inputs)  # type: ignore[no-untyped-call]
+        call = Call.of(args, kwargs)
+        held: list[Call] = [call]
+        versions = [x._version for x in call.tensors]
 
-    def _note_output(self, layer: nn.Module, inputs: Any, output: Any) -> None:
-        if self._paused or not torch.is_grad_enabled() or not isinstance(output, Tensor) or not output.requires_grad:
-            return
-        output.register_hook(self._scale_rows)  # type: ignore[no-untyped-call]
+        def report(gradient: Tensor) -> None:
+            if self._paused or not held:
+                return
+            # the last pass through the graph lets go of the activations, as autograd does of its own
+            seen = held[0] if self._is_first_pass else held.pop()
+            if [x._version for x in seen.tensors] != versions:
+                raise RuntimeError(
+                    f"An input of `{self._names.get(layer, type(layer).__name__)}` was changed in place after the layer "
+                    "had used it. Replace the in-place operation."
+                )
+            self._report(layer, seen, gradient.detach())
+
+        if output.requires_grad:
+            output.register_hook(report)  # type: ignore[no-untyped-call]
+            return None
+        output = output.clone() if output._is_view() else output
+        return _Observed.apply(output, self._anchor, report)  # type: ignore[no-untyped-call]
+
+    def _note_output(self, layer: nn.Module, inputs: Any, output: Any) -> Any:
+        if self._paused or not torch.is_grad_enabled() or output is None:
+            return None
+        if layer is self.module and _is_of_a_step(output):  # which Lightning runs in place of the forward under DDP
+            return None
+        if not isinstance(output, Tensor):
+            raise MisconfigurationException(
+                f"Ghost clipping needs one tensor as the output of `{self.ghost_output or type(layer).__name__}`, got a "
+                f"{type(output).__name__}. Name another submodule as `ghost_output`, or use engine='bookkeeping'."
+            )
+        output = output.clone()  # so that the rows are weighed before a layer that made the output hears of them
+        if output.requires_grad:
+            output.register_hook(self._scale_rows)
+        return output
 
     def _scale_rows(self, gradient: Tensor) -> Tensor:
-        if self._row_scale is None:
+        if self._paused or self._row_scale is None:
             return gradient
         scale = self._row_scale.to(gradient.dtype).view(-1, *[1] * (gradient.ndim - 1))
         return torch.where(scale == 0, 0, gradient * scale)
 
-    def record(self, layer: nn.Module, inputs: Inputs, backprops: Tensor) -> None:
-        """What autograd reports: a layer's inputs, and the gradient at its output."""
-        if not self._paused and self._row_scale is None:
-            self._records.setdefault(layer, []).append((inputs, backprops))
+    def _report(self, layer: nn.Module, call: Call, backprops: Tensor) -> None:
+        if self._row_scale is None:
+            self._records.setdefault(layer, []).append((call, backprops))
+            return
+        first = self._first.get(layer)  # ghost: what comes by a second time must be what came first, weighted
+        expected = None if not first else first.pop(0)
+        if expected is not None:
+            scale = self._row_scale.to(backprops.dtype).view(-1, *[1] * (backprops.ndim - 1))
+            expected = torch.where(scale == 0, 0, expected * scale)
+            tolerance = 1e-3 if backprops.dtype != torch.float64 else 1e-9
+            off = (backprops - expected).norm() > tolerance * expected.norm() + 1e-30
+        if expected is None or bool(off):
+            raise MisconfigurationException(
+                f"Ghost clipping weighs the records at the output of `{self.ghost_output or type(self.module).__name__}`, "
+                f"but the loss reaches `{self._names[layer]}` in another way, too. Name as `ghost_output` the submodule "
+                "whose output is all that the loss depends on, or use engine='bookkeeping'."
+            )
 
     # ---------------------------------------------------------------- a step
 
     def begin(self) -> None:
-        """Forget what backward passes before the one of the loss have reported."""
+        """Forget what backward passes before the one of the loss have reported, and gradients that are there."""
+        for p in self.module.parameters():
+            p.grad = None
         self._records.clear()
+        self._first.clear()
         self._gradients = self._row_scale = None
 
     def stray(self) -> list[str]:
         """Names of parameters that a gradient reached in another way than through their layer."""
-        if self.engine == "ghost":
-            return []
-        return [name for name, p in self.parameters.items() if p.grad is not None]
+        known = set(self.parameters.values()) if self.engine == "ghost" else set()
+        return [name for name, p in self.module.named_parameters() if p.grad is not None and p not in known]
 
     def unreached(self) -> list[str]:
         """Names of parameters whose layer no gradient reached."""
@@ -256,8 +314,8 @@ class PerSampleGradients:
         """
         self._gradients = None
         for calls in self._records.values():
-            for i, (inputs, backprops) in enumerate(calls):
-                calls[i] = (tuple(_without(x, records) for x in inputs), _without(backprops, records))
+            for i, (call, backprops) in enumerate(calls):
+                calls[i] = (call.map(lambda x: _without(x, records)), _without(backprops, records))
 
     def first_pass(self, loss: Tensor) -> None:
         """With ``"ghost"``: have autograd report the gradients at the layers' outputs, and keep the graph.
@@ -265,8 +323,14 @@ class PerSampleGradients:
         Args:
             loss: The loss that is about to be differentiated.
         """
-        assert self._anchor is not None
-        torch.autograd.grad(loss, self._anchor, retain_graph=True, allow_unused=True)
+        smallest = {
+            min((p for p in layer.parameters() if p.requires_grad), key=Tensor.numel): None for layer in self._names
+        }
+        self._is_first_pass = True
+        try:  # one small parameter a layer: autograd passes all layers, and skips most sums over the records
+            torch.autograd.grad(loss, list(smallest), retain_graph=True, allow_unused=True)
+        finally:
+            self._is_first_pass = False
 
     def second_pass_with(self, weights: Tensor, batch_size: int, scale: float = 1.0) -> None:
         """With ``"ghost"``: have the backward pass that follows make the weighted sum.
@@ -278,11 +342,14 @@ class PerSampleGradients:
         """
         self._row_scale = weights * (scale * batch_size)
         self._gradients = None
+        self._first = {layer: [backprops for _, backprops in calls] for layer, calls in self._records.items()}
         self._records.clear()
 
     def end(self) -> None:
         """Let go of the step's tensors."""
-        self.begin()
+        self._records.clear()
+        self._first.clear()
+        self._gradients = self._row_scale = None
 
     def _layer_gradients(self, batch_size: int) -> list[LayerGradients]:
         if self._gradients is None:
@@ -297,21 +364,23 @@ class PerSampleGradients:
                 users[p] = users.get(p, 0) + len(calls)
         shared: GradSamples = {}
         for layer, calls in self._records.items():
-            for inputs, backprops in calls:
-                self._check_rows(layer, inputs, backprops, batch_size)
+            for call, backprops in calls:
+                self._check_rows(layer, call, backprops, batch_size)
             # the caller's precision may be lower than the parameters'; sums over records belong in the latter
             own = [p for p in layer.parameters() if p.requires_grad]
-            calls = [(_as(inputs, own[0].dtype), b.to(own[0].dtype)) for inputs, b in calls]
+            dtype = own[0].dtype
+            calls = [(call.map(lambda x: _as(x, dtype)), b.to(dtype)) for call, b in calls]  # noqa: B023  used at once
             once = all(users[p] == 1 for p in own)
             known = bookkeeping(layer) if self.engine in ("auto", "bookkeeping", "ghost") else None
-            if once and known is not None:
-                yield known(layer, *calls[0])
+            if once and known is not None and len(calls[0][0].leaves) == 1:
+                call, backprops = calls[0]
+                yield known(layer, call.tensors, backprops)
                 continue
             build = functorch_grad_samples if self.engine == "functorch" else opacus_grad_samples
             if any(True for _ in layer.children()):  # no rule of Opacus's sees the whole of it
                 build = functorch_grad_samples
-            for inputs, backprops in calls:
-                samples = {p: s for p, s in build(layer, inputs, backprops).items() if p.requires_grad}
+            for call, backprops in calls:
+                samples = {p: s for p, s in build(layer, call, backprops).items() if p.requires_grad}
                 if once:
                     yield Instantiated(samples)
                     continue
@@ -320,9 +389,11 @@ class PerSampleGradients:
         if shared:
             yield Instantiated(shared)
 
-    def _check_rows(self, layer: nn.Module, inputs: Inputs, backprops: Tensor, batch_size: int) -> None:
-        for what, x in (("input", inputs[0]), ("output", backprops)):
-            if x.ndim == 0 or len(x) != batch_size:
+    def _check_rows(self, layer: nn.Module, call: Call, backprops: Tensor, batch_size: int) -> None:
+        first = next(iter(call.tensors), backprops)
+        is_flat = isinstance(layer, nn.EmbeddingBag) and first.ndim == 1  # tokens of all records in a row
+        for what, x in (("input", first), ("output", backprops)):
+            if x.ndim == 0 or len(x) != batch_size or is_flat:
                 raise MisconfigurationException(
                     f"`{self._names[layer]}` ({type(layer).__name__}) has an {what} of shape {list(x.shape)}, but the "
                     f"batch has {batch_size} records: the first dimension must be the records. Keep it through the "
@@ -331,27 +402,27 @@ class PerSampleGradients:
 
 
 class _Observed(torch.autograd.Function):
-    """The output of a layer as it is, reporting its gradient when the backward pass comes by."""
+    """The output of a layer, which needs no gradient for itself, made to report the gradient that comes by."""
 
     @staticmethod
-    def forward(
-        ctx: Any, output: Tensor, anchor: Tensor, engine: PerSampleGradients, layer: nn.Module, *inputs: Tensor
-    ) -> Tensor:
-        ctx.engine, ctx.layer = engine, layer
-        ctx.save_for_backward(*inputs)  # so that autograd notices an input that was changed in place
-        ctx.mark_dirty(output)
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, report: Callable[[Tensor], None]) -> Tensor:
+        ctx.report = report
+        ctx.mark_dirty(output)  # in place, so that an in-place activation may follow
         return output
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (backprops,) = grad_outputs
-        ctx.engine.record(ctx.layer, ctx.saved_tensors, backprops.detach())
-        return backprops, None, None, None, *(None for _ in ctx.saved_tensors)
+        ctx.report(grad_outputs[0])
+        return grad_outputs[0], None, None
 
 
-def _as(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+def _is_of_a_step(output: Any) -> bool:
+    return "loss" in output if isinstance(output, Mapping) else isinstance(output, Tensor) and output.ndim == 0
 
 
 def _without(x: Tensor, records: Tensor) -> Tensor:
     return x.masked_fill(records.to(x.device).view(-1, *[1] * (x.ndim - 1)), 0)
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() else x

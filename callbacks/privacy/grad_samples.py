@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from opacus.grad_sample import GradSampleHooks
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from typing_extensions import override
 
 Inputs = tuple[Tensor, ...]
@@ -23,45 +25,92 @@ GradSamples = dict[Tensor, Tensor]
 """Per-sample gradients, shape ``(n, *parameter.shape)``, of the parameters that require gradients."""
 
 
-def opacus_grad_samples(layer: nn.Module, inputs: Inputs, backprops: Tensor) -> GradSamples:
-    """Per-sample gradients by Opacus's rule for the layer's type, or by ``torch.func`` where it has none.
+@dataclass(frozen=True)
+class Call:
+    """How a layer was called.
+
+    Args:
+        leaves: All arguments, flat, tensors detached.
+        spec: How they lie in ``(args, kwargs)``.
+    """
+
+    leaves: tuple[Any, ...]
+    spec: Any
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """The call ``layer(*args, **kwargs)``."""
+        leaves, spec = tree_flatten((args, kwargs))
+        return cls(tuple(x.detach() if isinstance(x, Tensor) else x for x in leaves), spec)
+
+    @property
+    def tensors(self) -> Inputs:
+        """The arguments that are tensors."""
+        return tuple(x for x in self.leaves if isinstance(x, Tensor))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Call:
+        """The same call with other tensors."""
+        return Call(tuple(change(x) if isinstance(x, Tensor) else x for x in self.leaves), self.spec)
+
+
+def opacus_grad_samples(layer: nn.Module, call: Call, backprops: Tensor) -> GradSamples:
+    """Per-sample gradients by Opacus's rule for the layer's type, or by ``torch.func`` where it has none that is right.
 
     Args:
         layer: The layer.
-        inputs: Its inputs, records first.
+        call: Its arguments, records first.
         backprops: Gradient of the summed loss at its output, records first.
 
     Returns:
         The gradients.
     """
     sampler = GradSampleHooks.GRAD_SAMPLERS.get(type(layer))
-    pads = isinstance(layer, nn.Embedding) and layer.padding_idx is not None  # Opacus gives padding a gradient
-    if sampler is None or pads:
-        return functorch_grad_samples(layer, inputs, backprops)
-    samples: GradSamples = sampler(layer, list(inputs), backprops)
+    if sampler is None or not _opacus_is_right(layer, call):
+        return functorch_grad_samples(layer, call, backprops)
+    samples: GradSamples = sampler(layer, list(call.tensors), backprops)
     return samples
 
 
-def functorch_grad_samples(layer: nn.Module, inputs: Inputs, backprops: Tensor) -> GradSamples:
+def _opacus_is_right(layer: nn.Module, call: Call) -> bool:
+    """Opacus's rules ignore padding tokens, repeated ones in a bag, padding other than by zeros, norms without bias."""
+    if isinstance(layer, nn.EmbeddingBag):
+        return False
+    if isinstance(layer, nn.Embedding):
+        return layer.padding_idx is None
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return layer.padding_mode == "zeros"
+    if isinstance(layer, nn.LayerNorm):
+        return layer.bias is not None
+    return len(call.leaves) == 1
+
+
+def functorch_grad_samples(layer: nn.Module, call: Call, backprops: Tensor) -> GradSamples:
     """Per-sample gradients by ``vmap`` over the layer's own forward, whatever it computes.
 
     Args:
         layer: A layer whose forward acts on each record alone.
-        inputs: Its inputs, records first.
+        call: Its arguments; tensors with as many rows as there are records are taken apart, others are the same for all.
         backprops: Gradient of the summed loss at its output, records first.
 
     Returns:
         The gradients, of the parameters of submodules as well.
     """
+    n = len(backprops)
     params = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    of_records = [i for i, x in enumerate(call.leaves) if isinstance(x, Tensor) and x.ndim > 0 and len(x) == n]
 
     def weighted(values: dict[str, Tensor], one: Inputs, backprop: Tensor) -> Tensor:
-        output = torch.func.functional_call(layer, values, tuple(x.unsqueeze(0) for x in one))
+        leaves = list(call.leaves)
+        for i, x in zip(of_records, one, strict=True):
+            leaves[i] = x.unsqueeze(0)
+        args, kwargs = tree_unflatten(leaves, call.spec)
+        output = torch.func.functional_call(layer, values, args, kwargs)
         total: Tensor = (output * backprop.unsqueeze(0)).sum()
         return total
 
     detached = {name: p.detach() for name, p in params.items()}
-    samples = torch.func.vmap(torch.func.grad(weighted), in_dims=(None, 0, 0))(detached, inputs, backprops)
+    rows = tuple(call.leaves[i] for i in of_records)
+    samples = torch.func.vmap(torch.func.grad(weighted), in_dims=(None, 0, 0))(detached, rows, backprops)
     return {p: samples[name] for name, p in params.items()}
 
 
@@ -155,8 +204,7 @@ class LinearMap(LayerGradients, ABC):
                 norms[self.weight] = _squared_norms(a) * _squared_norms(b)
             elif 2 * self.num_positions**2 < self.weight.numel():
                 a, b = self.positions()
-                gram = (a @ a.transpose(1, 2)).mul_(b @ b.transpose(1, 2))
-                norms[self.weight] = gram.sum((1, 2)).clamp_min_(0)
+                norms[self.weight] = _gram_norms(a, b)
             else:
                 samples = self.weight_samples()
                 norms[self.weight] = _squared_norms(samples)
@@ -278,9 +326,7 @@ class EmbeddingGradients(LayerGradients):
     @override
     def squared_norms(self) -> dict[Tensor, Tensor]:
         ids, b = self._lookups()
-        same = ids.unsqueeze(1) == ids.unsqueeze(2)
-        norms = ((b @ b.transpose(1, 2)) * same).sum((1, 2)).clamp_min_(0)
-        return {self.embedding.weight: norms}
+        return {self.embedding.weight: _gram_norms(None, b, (ids.unsqueeze(1) == ids.unsqueeze(2)).double())}
 
     @override
     def weighted_sum(self, weights: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
@@ -306,6 +352,22 @@ def bookkeeping(layer: nn.Module) -> Callable[[Any, Inputs, Tensor], LayerGradie
     if type(layer) is nn.Embedding:
         return EmbeddingGradients
     return None
+
+
+def _gram_norms(a: Tensor | None, b: Tensor, gram: Tensor | None = None) -> Tensor:
+    """``sum_ts (a_t.a_s)(b_t.b_s)`` of each record, never below its true value.
+
+    Gradients of positions may cancel, and what rounding leaves of them would let a record through that should be
+    clipped: so double precision, and its largest possible error on top.
+    """
+    b = b.double()
+    if gram is None:
+        assert a is not None
+        gram = a.double() @ a.double().transpose(1, 2)
+    of_b = b @ b.transpose(1, 2)
+    scale = gram.diagonal(dim1=1, dim2=2).sum(1) * of_b.diagonal(dim1=1, dim2=2).sum(1)
+    error = 8 * torch.finfo(torch.float64).eps * b.shape[2] * scale
+    return gram.mul(of_b).sum((1, 2)).clamp_min_(0) + error
 
 
 def _squared_norms(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info
 from opacus.validators import ModuleValidator
+from torch import nn
 
 
 def fix_layers(module: pl.LightningModule) -> None:
@@ -19,8 +20,13 @@ def fix_layers(module: pl.LightningModule) -> None:
     for name, layer in list(module.named_modules()):
         if type(layer) not in ModuleValidator.FIXERS or not any(p.requires_grad for p in layer.parameters()):
             continue
+        if isinstance(layer, nn.MultiheadAttention) and layer.batch_first and layer.num_heads > 1:
+            continue  # Opacus 1.6's stand-in computes something else then: `refuse_layers` names the layer
         parent, _, child = name.rpartition(".")
-        replacement = ModuleValidator.FIXERS[type(layer)](layer)
+        if isinstance(layer, nn.BatchNorm1d):  # of vectors, groups of one channel would normalise everything to zero
+            replacement = nn.GroupNorm(1, layer.num_features, affine=layer.affine)
+        else:
+            replacement = ModuleValidator.FIXERS[type(layer)](layer)
         replacement.to(next(layer.parameters()).device)
         replacement.train(layer.training)
         setattr(module.get_submodule(parent), child, replacement)
@@ -39,7 +45,11 @@ def refuse_layers(module: pl.LightningModule) -> None:
     found: list[str] = []
     for name, layer in module.named_modules():
         validate = ModuleValidator.VALIDATORS.get(type(layer))
-        if validate is not None and any(p.requires_grad for p in layer.parameters()) and validate(layer):
+        if type(layer) is nn.RNN:
+            found.append(f"`{name}` (RNN; use opacus.layers.DPRNN)")
+        elif isinstance(layer, nn.MultiheadAttention) and layer.batch_first and layer.num_heads > 1:
+            found.append(f"`{name}` (MultiheadAttention; with batch_first and several heads not even fix=True helps)")
+        elif validate is not None and any(p.requires_grad for p in layer.parameters()) and validate(layer):
             found.append(f"`{name}` ({type(layer).__name__})")
     if found:
         raise MisconfigurationException(

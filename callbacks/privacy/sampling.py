@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.combined_loader import _shutdown_workers_and_reset_iterator
 from scipy.stats import binom
 from torch import Tensor
 from torch.utils.data import (
@@ -38,7 +39,7 @@ def poisson_sample(num_records: int, sample_rate: float, generator: torch.Genera
 
     Example:
         >>> len(poisson_sample(1000, 0.05, torch.Generator().manual_seed(0)))
-        48
+        50
     """
     if sample_rate >= 1:
         return torch.arange(num_records)
@@ -76,7 +77,7 @@ class PoissonSampler(Sampler[list[int]]):
     Example:
         >>> sampler = PoissonSampler(1000, 50, 2, seed=0, next_batch=lambda: (0, 0))
         >>> len(sampler), sampler.sample_rate, [len(chunk) for chunk in sampler][:4]
-        (40, 0.05, [27, 27, 22, 22])
+        (40, 0.05, [30, 30, 23, 23])
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class PoissonSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         step, first = self.next_batch()
-        for _ in range(len(self)):
+        for _ in range(self.steps_per_epoch):
             chunks = self.draw(step).tensor_split(self.num_chunks * self.num_ranks)
             for index in range(first, self.num_chunks):
                 chunk = chunks[index * self.num_ranks + self.rank]
@@ -187,7 +188,8 @@ def batch_size_of(loader: Any) -> int:
         raise MisconfigurationException(
             f"{needs}; got a batch sampler of its own, a {type(loader.batch_sampler).__name__}. Give `batch_size`."
         )
-    if not isinstance(loader.sampler, _REPLACEABLE) or getattr(loader.sampler, "replacement", False):
+    chooses = getattr(loader.sampler, "replacement", False) or getattr(loader.sampler, "_num_samples", None) is not None
+    if not isinstance(loader.sampler, _REPLACEABLE) or chooses:
         raise MisconfigurationException(
             f"{needs}; the sampler is a {type(loader.sampler).__name__}, whose choice among the records would be lost. "
             "Choose records by a torch.utils.data.Subset, and use shuffle=True."
@@ -250,12 +252,10 @@ class PoissonLoader:
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: which batch comes next follows from the Trainer's step alone."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to go on from."""
+    def shutdown(self) -> None:
+        """End worker processes, as the Trainer does for a plain DataLoader."""
+        if isinstance(self.batches, DataLoader):
+            _shutdown_workers_and_reset_iterator(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
         yield from self.batches  # workers would draw when the Trainer makes an iterator, which is before it resumes

@@ -93,7 +93,7 @@ class PoissonSample(Scheduler):
 
     Example:
         >>> PoissonSample(0.3)(torch.arange(10), round_index=0, seed=0)
-        tensor([2, 5, 8, 9])
+        tensor([6, 9])
     """
 
     def __init__(self, sample_rate: float) -> None:

@@ -20,7 +20,8 @@ Accounting = Literal["prv", "rdp", "gdp"]
 """The accountants, by Opacus's names."""
 
 _LARGEST_NOISE = 1e3  # a multiplier at which nothing can be learned
-_SMALLEST_NOISE = 0.1  # below, epsilon is in the hundreds and the numerical accountants fail
+_SMALLEST_NOISE = 0.1  # below, epsilon is in the hundreds
+_SMALLEST_NUMERICAL = 0.4  # below, the numerical accountant takes minutes and gigabytes
 
 
 class UnreachableBudgetError(ValueError):
@@ -71,11 +72,11 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     check_delta(delta)
     if not mu >= 0:
         raise ValueError(f"`mu` must be at least 0, got {mu}.")
-    if math.isinf(mu):
+    if mu > 1e100:
         return math.inf
     if mu == 0 or gaussian_delta(0.0, mu) <= delta:
         return 0.0
-    largest = mu * (mu / 2 - float(norm.ppf(delta)))  # where the first term alone is delta
+    largest = 1.001 * mu * (mu / 2 - float(norm.ppf(delta)))  # where the first term alone is below delta
     return float(brentq(lambda epsilon: gaussian_delta(epsilon, mu) - delta, 0.0, largest, xtol=1e-10))
 
 
@@ -122,15 +123,20 @@ def spent_epsilon(
         return gaussian_epsilon(
             math.sqrt(steps) / noise_multiplier, delta
         )  # exact, where the numerical one has an error
-    if noise_multiplier < _SMALLEST_NOISE and accounting == "prv":
-        accounting = "rdp"
+    if accounting == "gdp":
+        exponent = noise_multiplier**-2
+        return gaussian_epsilon(
+            sample_rate * math.sqrt(steps * math.expm1(exponent)) if exponent < 600 else math.inf, delta
+        )
+    if noise_multiplier < _SMALLEST_NUMERICAL and accounting == "prv":
+        accounting = "rdp"  # looser, and as valid
     accountant = create_accountant(accounting)
     accountant.history = [(noise_multiplier, sample_rate, steps)]
     with (
         warnings.catch_warnings()
     ):  # of orders at the edge of the grid (a valid, looser bound), and of the GDP's nature
         warnings.simplefilter("ignore")
-        return float(accountant.get_epsilon(delta=delta))
+        return max(float(accountant.get_epsilon(delta=delta)), 0.0)
 
 
 def noise_multiplier_for(

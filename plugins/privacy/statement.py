@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,5 +44,14 @@ class PrivacyStatement:
             raise ValueError(f"`delta` must be in [0, 1), got {self.delta}.")
 
     def __str__(self) -> str:
-        what = f"({self.epsilon:.4g}, {self.delta:.3g})-DP for {self.unit} ({self.adjacency}), by the {self.mechanism}"
+        what = f"({_rounded_up(self.epsilon)}, {_rounded_up(self.delta)})-DP for {self.unit} ({self.adjacency}), by the {self.mechanism}"
         return " ".join([f"{what} mechanism.", *self.assumptions])
+
+
+def _rounded_up(value: float) -> str:
+    """Four significant digits that do not promise more than is known."""
+    if value in (0, math.inf):
+        return f"{value:.4g}"
+    step = 10.0 ** (math.floor(math.log10(value)) - 3)
+    shown = f"{value:.4g}"
+    return shown if float(shown) >= value else f"{float(shown) + step:.4g}"
