@@ -1,6 +1,6 @@
 # make demo       the main job on the embedded digits: five schemes, three seeds; prints where plot and table are
-# make study-first-light, study-information, study-adversarial     all figures of that page under docs/, on
-#                 Fashion-MNIST: one, two and two hours on one core; make study does all
+# make study-first-light, study-information, study-adversarial, study-privacy     all figures of that page under docs/, on
+#                 Fashion-MNIST: one, two, two and two hours on one core; make study does all
 # make test       the tests           make test-slow   the long reproductions as well
 # make lint       ruff and mypy       make clean       remove the environments
 # Each sets up an environment of its own. Needed beforehand: Python 3.11 or later with venv and pip, and make.
@@ -11,11 +11,12 @@ TEST_VENV := .venv-test
 FIRST_LIGHT := iid_500 by_label_500 iid_200 by_label_200 power bandwidth decoders fedavg
 INFORMATION := cmic ncmi_and_error students knockoffs
 ADVERSARIAL := adversarial fal
+PRIVACY := dp_sgd device_privacy
 SOURCES := $(shell find plugins callbacks datamodules recipes src -name '*.py' -o -name '*.yaml' -o -name '*.md')
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo study study-first-light study-information study-adversarial test test-slow lint clean
+.PHONY: demo study study-first-light study-information study-adversarial study-privacy test test-slow lint clean
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/groundwire compare --study docs/studies/demo.yaml --output runs/compare/demo
@@ -25,7 +26,7 @@ demo: $(DEMO_VENV)/.installed
 	@echo "plot:  runs/compare/demo/plot.png"
 	@echo "table: runs/compare/demo/table.md"
 
-study: study-first-light study-information study-adversarial
+study: study-first-light study-information study-adversarial study-privacy
 
 study-first-light: $(FIRST_LIGHT:%=study/%)
 	$(DEMO_VENV)/bin/python docs/studies/first_light.py
@@ -36,6 +37,12 @@ study-information: $(INFORMATION:%=study/%)
 study-adversarial: $(ADVERSARIAL:%=study/%)
 	$(DEMO_VENV)/bin/pip install --quiet -c constraints.txt pyautoattack
 	$(DEMO_VENV)/bin/python docs/studies/adversarial.py
+
+study-privacy: $(PRIVACY:%=study/%)
+	$(DEMO_VENV)/bin/python docs/studies/opacus_by_hand.py --output docs/studies/results/opacus_by_hand.csv
+	$(DEMO_VENV)/bin/python docs/studies/few_shot.py --output docs/studies/results/few_shot.csv
+	$(DEMO_VENV)/bin/python docs/studies/audits.py --output docs/studies/results/audits.csv
+	$(DEMO_VENV)/bin/python docs/studies/privacy.py
 
 study/%: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/groundwire compare --study docs/studies/$*.yaml --output runs/compare/$*

@@ -147,7 +147,7 @@ class HeadOnly(pl.Callback):
     """Trains the last layer alone: everything else is frozen while the fit lasts.
 
     A pretrained network is adapted to a new task with little data, or privately: few trained parameters take little
-    noise. List it before a callback that makes the training private.
+    noise. With ``DPSGD(fix=True)``, list it before that: frozen layers need no fix.
 
     Frozen means that ``requires_grad`` is False and that frozen normalisation layers with running statistics work in
     evaluation mode, since in training mode they would mix the samples of a batch and drift. Flags and modes are put back

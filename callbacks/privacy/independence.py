@@ -142,7 +142,8 @@ def permutation_p_value(
         generator: Draws them, on the CPU; the global one if None.
 
     Returns:
-        ``(1 + number of shuffles with at least the observed covariance) / (1 + R)``.
+        ``(1 + number of shuffles with at least the observed covariance) / (1 + R)``; of exact level if the shuffles are
+        drawn anew and not chosen by who has seen the data.
 
     Raises:
         ValueError: If shapes differ or there is no shuffle.

@@ -66,6 +66,8 @@ class Compressor(nn.Module, ABC):
     """Whether the expectation of the decoded row is the row."""
     linear: bool = False
     """Whether payloads add: the decoded sum of payloads is the sum of the decoded rows (so all-reduce serves)."""
+    num_shares: int = 1
+    """Honest devices that a guarantee counts on in every sum; above 1, secure aggregation shows nothing but sums."""
 
     @property
     def promises_privacy(self) -> bool:
@@ -79,6 +81,10 @@ class Compressor(nn.Module, ABC):
     @abstractmethod
     def decode(self, payload: Payload) -> Tensor:
         """Decode to rows ``(rows, d)`` of the dtype and device that were encoded."""
+
+    def decode_sum(self, payload: Payload) -> Tensor:
+        """The sum of all rows, shape ``(1, d)``, as secure aggregation gives it."""
+        return self.decode(payload).sum(0, keepdim=True)
 
     def roundtrip(self, x: Tensor, key: Key) -> Message:
         """Encode and decode rows ``(rows, d)``, and say what the transmission cost."""

@@ -200,6 +200,7 @@ class DistributedDiscreteGaussian(Compressor):
         codes, signs = self._unpack(payload)
         return self._dequantize(codes, signs, payload.numel, payload.dtype)
 
+    @override
     def decode_sum(self, payload: Payload) -> Tensor:
         """Add the integers of all rows modulo ``2^bits``, as secure aggregation does, and decode their sum.
 
@@ -264,7 +265,7 @@ class DistributedDiscreteGaussian(Compressor):
         return PrivacyStatement(
             mechanism="distributed discrete Gaussian",
             unit="one device's updates",
-            adjacency="add-remove",
+            adjacency="zero-out",
             epsilon=epsilon,
             delta=delta,
             assumptions=(
@@ -280,5 +281,5 @@ class DistributedDiscreteGaussian(Compressor):
     def extra_repr(self) -> str:
         return (
             f"clip_norm={self.clip_norm}, noise_multiplier={self.noise_multiplier}, granularity={self.granularity}, "
-            f"bits={self.bits}, num_shares={self.num_shares}, rotate={self.rotate}"
+            f"bits={self.bits}, num_shares={self.num_shares}, rotate={self.rotate}, beta={self.beta}"
         )

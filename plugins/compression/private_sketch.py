@@ -158,8 +158,7 @@ class PrivateSketch(Compressor):
             numel: Entries of each update; without effect, since the sketch as a whole is clipped.
             rounds: Rounds of the run.
             delta: Of the whole run, in (0, 1).
-            sample_rate: Probability with which the device takes part in a round; under secure aggregation
-                (``num_shares > 1``) it amplifies the guarantee, else it counts as 1.
+            sample_rate: Counted as 1: the noise of a sum tells how many shares are in it, and so who takes part.
 
         Returns:
             The guarantee, or None without noise.
@@ -173,23 +172,20 @@ class PrivateSketch(Compressor):
         check_releases(numel, rounds, sample_rate)
         if self.noise_multiplier == 0:
             return None
-        hidden = self.num_shares > 1 and sample_rate < 1
         if self.num_shares == 1:
             who = ["Nobody else is trusted: the guarantee is of what the device sends."]
         else:
             secure = f"Secure aggregation shows nothing but sums with at least {self.num_shares} honest shares of noise"
             who = [f"{secure} in every round, which stay in when a device's update is taken out; fewer void it."]
-        if hidden:
+        if sample_rate < 1:
             who.append(
-                f"Devices take part independently with probability {sample_rate:.4g} each, and who does stays hidden."
+                "The sampling of devices is counted as 1, since it is seen who sends, or how many shares of noise."
             )
-        elif sample_rate < 1:
-            who.append("The sampling of devices is counted as 1, since it is seen who sends.")
         return PrivacyStatement(
-            mechanism="Poisson-subsampled Gaussian" if hidden else "Gaussian",
+            mechanism="Gaussian",
             unit="one device's updates",
-            adjacency="add-remove",
-            epsilon=spent_epsilon(self.noise_multiplier, sample_rate if hidden else 1.0, rounds, delta),
+            adjacency="zero-out",
+            epsilon=spent_epsilon(self.noise_multiplier, 1.0, rounds, delta),
             delta=delta,
             assumptions=(
                 *who,

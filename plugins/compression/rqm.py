@@ -26,8 +26,8 @@ class RQM(Compressor):
     clipping leaves, so :attr:`unbiased` is not claimed. NaN counts as 0, since a mark for it would not be private.
 
     An entry travels as its level's number in ``ceil(log2 num_levels)`` bits. If the guarantee counts on secure
-    aggregation (``num_shares > 1``), numbers are masked modulo a power of two that holds the sum of as many devices,
-    in ``ceil(log2(num_shares * (num_levels - 1) + 1))`` bits, and that is what travels.
+    aggregation (``num_shares > 1``), numbers are masked modulo a power of two that holds the sum of ``max_devices``, in
+    ``ceil(log2(max_devices * (num_levels - 1) + 1))`` bits, and that is what travels.
 
     Args:
         clip: Range of the entries, positive, in their own unit.
@@ -35,6 +35,7 @@ class RQM(Compressor):
         margin: How far the outermost levels lie beyond ``clip``, positive; None for as far as ``clip`` itself.
         keep_probability: Of each inner level, in (0, 1).
         num_shares: Honest devices in each secure sum, for the guarantee; 1 needs no secure aggregation.
+        max_devices: Devices in a secure sum, at most; ``num_shares`` by default.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -58,6 +59,7 @@ class RQM(Compressor):
         margin: float | None = None,
         keep_probability: float = 0.42,
         num_shares: int = 1,
+        max_devices: int | None = None,
     ) -> None:
         from groundwire.plugins.privacy.rqm import check_rqm
 
@@ -66,17 +68,21 @@ class RQM(Compressor):
         check_rqm(clip, margin, num_levels, keep_probability)
         if num_shares < 1:
             raise ValueError(f"`num_shares` must be at least 1, got {num_shares}.")
-        if width_of(num_shares * (num_levels - 1)) > 32:
-            raise ValueError(f"A sum of {num_shares} codes of {num_levels} levels takes more than 32 bits.")
+        max_devices = num_shares if max_devices is None else max_devices
+        if max_devices < num_shares:
+            raise ValueError(f"`max_devices` must be at least num_shares={num_shares}, got {max_devices}.")
+        if width_of(max_devices * (num_levels - 1)) > 32:
+            raise ValueError(f"A sum of {max_devices} codes of {num_levels} levels takes more than 32 bits.")
         self.clip = clip
         self.num_levels = num_levels
         self.margin = margin
         self.keep_probability = keep_probability
         self.num_shares = num_shares
+        self.max_devices = max_devices
 
     @property
     def _width(self) -> int:
-        return width_of(self.num_shares * (self.num_levels - 1))
+        return width_of(self.max_devices * (self.num_levels - 1))
 
     def _quantize(self, x: Tensor, key: Key) -> Tensor:
         """Level numbers, float64, shape ``(rows, d)``."""
@@ -100,7 +106,7 @@ class RQM(Compressor):
         return ((2 * codes.double() - top) * ((self.clip + self.margin) / top)).to(dtype)
 
     def _bits_ideal(self, x: Tensor) -> float:
-        return x.numel() * math.log2(self.num_shares * (self.num_levels - 1) + 1)
+        return x.numel() * math.log2(self.max_devices * (self.num_levels - 1) + 1)
 
     @override
     def encode(self, x: Tensor, key: Key) -> Payload:
@@ -115,6 +121,20 @@ class RQM(Compressor):
     @override
     def decode(self, payload: Payload) -> Tensor:
         return self._dequantize(unpack_integers(payload.parts["codes"], self._width, payload.numel), payload.dtype)
+
+    @override
+    def decode_sum(self, payload: Payload) -> Tensor:
+        """The sum of all rows, shape ``(1, d)``.
+
+        Raises:
+            ValueError: If it may exceed the field that the codes are masked in.
+        """
+        if len(payload.parts["codes"]) > self.max_devices:
+            raise ValueError(
+                f"A sum of {len(payload.parts['codes'])} devices may not fit into the {self._width} bits of "
+                f"max_devices={self.max_devices}: raise it."
+            )
+        return super().decode_sum(payload)
 
     @override
     def roundtrip(self, x: Tensor, key: Key) -> Message:
@@ -185,5 +205,5 @@ class RQM(Compressor):
     def extra_repr(self) -> str:
         return (
             f"clip={self.clip}, num_levels={self.num_levels}, margin={self.margin}, "
-            f"keep_probability={self.keep_probability}, num_shares={self.num_shares}"
+            f"keep_probability={self.keep_probability}, num_shares={self.num_shares}, max_devices={self.max_devices}"
         )

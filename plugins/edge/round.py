@@ -20,6 +20,7 @@ class Round:
         weights: Weight of each of those devices in the aggregate, shape ``(M,)``, summing to one.
         sample_rate: Probability with which every device of the population takes part, if each does by a coin of its
             own; None where devices are chosen in another way.
+        is_empty: Whether nobody takes part: the only row is of zeros, and is not sent.
     """
 
     index: int
@@ -27,6 +28,7 @@ class Round:
     key: Key
     weights: Tensor
     sample_rate: float | None = None
+    is_empty: bool = False
 
     @property
     def devices(self) -> tuple[int, ...]:

@@ -28,12 +28,20 @@ from groundwire.plugins.edge.logged import over_devices
 from groundwire.plugins.edge.round import Round
 from groundwire.plugins.edge.scheduler import AllDevices, Scheduler
 from groundwire.plugins.edge.updates import DeviceUpdates, DeviceWorker
-from groundwire.plugins.edge.uplinks.base import Uplink
+from groundwire.plugins.edge.uplinks.base import Received, Uplink
 from groundwire.plugins.edge.uplinks.error_free import ErrorFree
 from groundwire.plugins.privacy import PrivacyStatement
+from groundwire.plugins.privacy.refusals import refuse_tuners
 from groundwire.plugins.random import Key, root_seed
 
 _CHECKPOINT_KEY = "groundwire.edge"
+_WHAT_IS_PUBLISHED = (
+    (
+        "Only the weights are published: neither what training logs of its rounds (losses, bits, energy, devices) nor its "
+        "checkpoints, which hold more."
+    ),
+    "Coins and noise come from the run's seed: it stays secret, and none of its rounds is run again in another way.",
+)
 _PRIVACY_QUERIES = 20  # of a privacy accountant, in a run
 
 
@@ -213,6 +221,8 @@ class EdgeStrategy(SingleDeviceStrategy):
                 "EdgeStrategy makes one round of every step, but LBFGS evaluates the loss several times a step. Use an "
                 "optimizer that evaluates it once."
             )
+        if self.uplink.promises_privacy:
+            refuse_tuners(trainer, type(self.uplink).__name__)
         if getattr(self.precision_plugin, "scaler", None) is not None:
             raise MisconfigurationException(
                 "EdgeStrategy does not scale the devices' losses, so precision='16-mixed' would lose small gradients. "
@@ -264,10 +274,15 @@ class EdgeStrategy(SingleDeviceStrategy):
                 "GroupNorm."
             )
         with torch.no_grad():
-            updates, plan, kept = self._only_finite(updates, plan)
             if is_empty:
                 updates.rows.zero_()
-            received = self.uplink(updates.rows, plan)
+            if self.uplink.promises_privacy:  # a device that could end the run, or be missed, would be told from others
+                broken = ~torch.isfinite(updates.rows).all(dim=1)
+                updates.rows.masked_fill_(broken.unsqueeze(1), 0)
+                kept = list(range(len(plan.devices)))
+            else:
+                updates, plan, kept = self._only_finite(updates, plan)
+            received = self._send(updates.rows, plan)
             estimate = self.aggregator(received.rows, received.weights)
             if not torch.isfinite(estimate.sum()) and not torch.isfinite(estimate).all():
                 raise NonFiniteUpdateError(
@@ -276,7 +291,7 @@ class EdgeStrategy(SingleDeviceStrategy):
                     f"{type(self.aggregator).__name__}). The weights were not changed."
                 )
             loss = updates.losses @ plan.weights.to(updates.losses.dtype)
-            if updates.buffers is not None:
+            if updates.buffers is not None and not is_empty:
                 updates.buffers.write(kept, plan.weights)
         downlink_cost = self.downlink.cost(layout.numel, plan)
         metrics = dict(received.metrics)
@@ -298,6 +313,12 @@ class EdgeStrategy(SingleDeviceStrategy):
         trainable = (p for p in module.parameters() if p.requires_grad)
         loss = _GradientInjection.apply(loss, gradients, *trainable)  # type: ignore[no-untyped-call]
         return {"loss": loss, **updates.extras} if updates.extras else loss
+
+    def _send(self, rows: Tensor, plan: Round) -> Received:
+        if plan.is_empty and not self.uplink.promises_privacy:  # nobody sends, nor what it remembers
+            return Received(rows=rows, weights=plan.weights, cost=Cost())
+        received: Received = self.uplink(rows, plan)
+        return received
 
     def _plan(self, batch: DeviceBatch) -> tuple[DeviceBatch, Round, bool]:
         largest = int(batch.device_ids.max())
@@ -325,6 +346,7 @@ class EdgeStrategy(SingleDeviceStrategy):
             key=Key(seed=self._root_seed, round=self.round_index, devices=tuple(batch.device_ids.tolist())),
             weights=(weights / weights.sum()).to(self.root_device, self.layout.dtype if self.layout else torch.float32),
             sample_rate=sample_rate,
+            is_empty=is_empty,
         )
         return batch, plan, is_empty
 
@@ -390,7 +412,8 @@ class EdgeStrategy(SingleDeviceStrategy):
         Returns:
             The guarantee, or None where the uplink promises nothing.
         """
-        return self.uplink.privacy(rounds=self.round_index if rounds is None else rounds)
+        spent = self.uplink.privacy(rounds=self.round_index if rounds is None else rounds)
+        return None if spent is None else replace(spent, assumptions=(*spent.assumptions, *_WHAT_IS_PUBLISHED))
 
     @staticmethod
     def _is_logging_step(trainer: pl.Trainer, plan: Round) -> bool:

@@ -14,7 +14,8 @@ class PrivacyStatement:
     Args:
         mechanism: What gives the guarantee, for example ``"Poisson-subsampled Gaussian"``.
         unit: Whose data is protected, for example ``"one record"`` or ``"one device's update"``.
-        adjacency: Whether neighbouring data sets differ by one unit more or less, or by another value of one.
+        adjacency: Whether neighbouring data sets differ by one unit more or less, by another value of one, or by zeros in
+            the place of what one sends (its noise stays).
         epsilon: Of the whole run, in nats.
         delta: Of the whole run, in [0, 1).
         assumptions: Without which the guarantee does not hold, each a sentence.
@@ -32,7 +33,7 @@ class PrivacyStatement:
 
     mechanism: str
     unit: str
-    adjacency: Literal["add-remove", "replace-one"]
+    adjacency: Literal["add-remove", "replace-one", "zero-out"]
     epsilon: float
     delta: float
     assumptions: tuple[str, ...] = ()

@@ -160,21 +160,30 @@ def check_resume(
     losses: list[float],
     final: Tensor,
     uninterrupted: EdgeStrategy,
+    callbacks: Callable[[], list[pl.Callback]] = list,
+    **options: Any,
 ) -> None:
     """Kill a run of six rounds (four an epoch) between checkpoints and go on in a new Trainer: nothing may differ."""
     for step in (2, 4):  # a checkpoint within an epoch, and one at its end
         with tempfile.TemporaryDirectory() as folder:
             saver = ModelCheckpoint(dirpath=folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
-            killed = trainer(build(), steps=6, enable_checkpointing=True, callbacks=[saver, Killed(step + 1)])
+            killed = trainer(
+                build(),
+                steps=6,
+                enable_checkpointing=True,
+                callbacks=[saver, Killed(step + 1), *callbacks()],
+                **options,
+            )
             with contextlib.suppress(Killed.Error):
                 killed.fit(copy.deepcopy(module), Stateful(loader()))
             assert killed.global_step == step + 1
             fresh, recorded = copy.deepcopy(module), Losses()
-            t = trainer(build(), steps=6, callbacks=[recorded])
+            t = trainer(build(), steps=6, callbacks=[recorded, *callbacks()], **options)
             t.fit(fresh, Stateful(loader()), ckpt_path=str(Path(folder) / f"step={step}.ckpt"))
             assert recorded.values == losses[step:]
             assert torch.equal(weights(fresh), final)
             assert t.strategy.round_index == uninterrupted.round_index == 6
+            assert t.strategy.privacy_spent() == uninterrupted.privacy_spent()
             assert t.strategy.ledger.rounds == 6
             assert t.strategy.ledger.totals == uninterrupted.ledger.totals
             assert torch.equal(t.strategy.ledger.energy_per_device, uninterrupted.ledger.energy_per_device)

@@ -15,11 +15,21 @@ from helpers.edge import check_strategy_part
 Build = Callable[[], Uplink]
 
 
-def plan(devices: int | tuple[int, ...], *, index: int = 0, seed: int = 0, weights: Tensor | None = None) -> Round:
+def plan(
+    devices: int | tuple[int, ...],
+    *,
+    index: int = 0,
+    seed: int = 0,
+    weights: Tensor | None = None,
+    num_rounds: int | None = 20,
+    sample_rate: float | None = 1.0,
+    is_empty: bool = False,
+) -> Round:
     """A round in which all or the named devices take part."""
     ids = tuple(range(devices)) if isinstance(devices, int) else devices
     w = torch.full((len(ids),), 1 / len(ids)) if weights is None else weights / weights.sum()
-    return Round(index=index, num_rounds=20, key=Key(seed=seed, round=index, devices=ids), weights=w)
+    key = Key(seed=seed, round=index, devices=ids)
+    return Round(index=index, num_rounds=num_rounds, key=key, weights=w, sample_rate=sample_rate, is_empty=is_empty)
 
 
 def updates(devices: int, numel: int, seed: int = 0) -> Tensor:

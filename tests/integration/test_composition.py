@@ -30,8 +30,8 @@ from groundwire.callbacks.information import (
     UndistillableCMI,
 )
 from groundwire.plugins.compression import ErrorFeedback, TopK
-from groundwire.plugins.edge import ADSGD, Digital, EdgeStrategy
-from helpers.edge import Classifier, Rounds, fit, loader, mlp
+from groundwire.plugins.edge import ADSGD, Digital, DPOverTheAir, EdgeStrategy, PoissonSample
+from helpers.edge import Classifier, Rounds, check_resume, fit, loader, mlp
 
 
 def constraints() -> list[Any]:
@@ -169,3 +169,21 @@ def test_a_float32_teacher_serves_a_student_in_double_precision() -> None:
     weights, _, _ = fit("auto", callbacks=[callback], precision="64-true")
     assert torch.isfinite(weights).all()
     assert {p.dtype for p in teacher.parameters()} == {torch.float32}
+
+
+def test_a_hardened_model_goes_over_the_air_in_private_and_resumes() -> None:
+    """Devices attack their own model, the receiver's noise hides them, and a killed run goes on as if it had not been."""
+    build = lambda: EdgeStrategy(
+        4, scheduler=PoissonSample(0.75), uplink=DPOverTheAir(1.0, noise_multiplier=4.0, target_delta=1e-3, power=10.0)
+    )
+    hardened = lambda: [AdversarialTraining(BALL, PGD(2, track="last"))]
+    final, t, losses = fit(build(), callbacks=hardened(), log_every_n_steps=1)
+    assert torch.isfinite(final).all()
+    spent = t.strategy.privacy_spent()
+    assert float(t.callback_metrics["privacy/epsilon"]) == spent.epsilon
+    assert 0 < spent.epsilon < 10
+    only_private, _, _ = fit(build())
+    only_hardened, _, _ = fit(EdgeStrategy(4, scheduler=PoissonSample(0.75)), callbacks=hardened())
+    assert not torch.equal(final, only_private)
+    assert not torch.equal(final, only_hardened)
+    check_resume(build, Classifier(mlp()), losses, final, t.strategy, hardened, log_every_n_steps=1)

@@ -155,10 +155,10 @@ def membership_audit(
             population RMIA.
         claimed_epsilon: In nats; None where nothing is claimed.
         delta: Of the claim and of the bounds, in [0, 1].
-        confidence: Probability that all bounds hold together; each is given the level that Bonferroni's correction leaves.
-        bound: ``"one-run"`` if each record was included by its own fair coin. Else ``"roc"``, which takes the scores for
-            independent; those of one network are not, quite, so that a refutation that is narrow should be checked by
-            :class:`PrivacyAudit`.
+        confidence: Probability that all ``"one-run"`` bounds hold together; each is given the level that Bonferroni's
+            correction leaves.
+        bound: ``"one-run"`` if each record was included by its own fair coin. Else ``"roc"``, an estimate that refutes
+            nothing: it takes members and others for alike but for the training, and their scores for independent.
 
     Returns:
         The report, one row an attack.
@@ -168,7 +168,7 @@ def membership_audit(
 
     Example:
         >>> member = torch.arange(200) % 2 == 0
-        >>> membership_audit(10.0 * member, member, claimed_epsilon=1.0).refuted  # sure of what it has seen
+        >>> membership_audit(10.0 * member, member, claimed_epsilon=1.0, bound="one-run").refuted  # sure of what it has seen
         True
 
     Reference:

@@ -221,12 +221,12 @@ class PrivacyAudit(pl.Callback):
 
     def _claim(self, trainer: pl.Trainer) -> tuple[float | None, float | None]:
         """Epsilon and delta, each as given, or else as a callback says that makes training private."""
-        if self.claimed_epsilon is not None:
-            return self.claimed_epsilon, self.delta
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if not callable(getattr(callback, "privacy_spent", None)):
                 continue
             spent = callback.privacy_spent()
+            if self.claimed_epsilon is not None:
+                return self.claimed_epsilon, spent.delta if self.delta is None else self.delta
             if spent.adjacency != "add-remove":
                 rank_zero_warn(
                     f"PrivacyAudit adds or leaves out records, which does not test a claim for {spent.adjacency}: epsilon "
@@ -238,7 +238,7 @@ class PrivacyAudit(pl.Callback):
                     f"PrivacyAudit(delta={self.delta}) is below the delta {spent.delta} of the claim, which is used instead."
                 )
             return spent.epsilon, max(spent.delta, self.delta or 0.0)  # a claim holds at every larger delta too
-        return None, self.delta
+        return self.claimed_epsilon, self.delta
 
     def _score(self, trainer: pl.Trainer, pl_module: pl.LightningModule, canaries: Canaries) -> Tensor:
         """The loss of every canary, ``(m,)``, float64."""

@@ -167,25 +167,43 @@ class AuditReport:
             raise ValueError(f"`claimed_delta` must be in [0, 1], got {self.claimed_delta}.")
 
     @property
+    def _strongest(self) -> AttackResult | None:
+        """The attack with the largest bound, of those that can refute the claim."""
+        delta = self.claimed_delta or 0.0
+        able = [a for a in self.attacks if a.bound == "one-run" and a.delta >= delta]
+        return max(able, key=lambda a: a.epsilon_lower, default=None)
+
+    @property
     def epsilon_lower(self) -> float:
-        """The largest lower bound, each at its own confidence."""
+        """The largest lower bound, each at its own confidence; only ``"one-run"`` bounds hold whatever the records are."""
         return max(attack.epsilon_lower for attack in self.attacks)
 
     @property
     def refuted(self) -> bool:
         """Whether a lower bound is above the claim; False where there is no claim.
 
-        A claim at a delta is one at every larger delta too: bounds at a smaller delta than the claim's do not count.
+        A claim at a delta is one at every larger delta too: bounds at a smaller delta than the claim's do not count. Nor
+        do ``"roc"`` bounds, which assume that members and others are alike but for the training, and independent. With
+        several attacks, their confidences are the caller's to choose.
         """
-        if self.claimed_epsilon is None:
-            return False
-        delta = self.claimed_delta or 0.0
-        return any(a.epsilon_lower > self.claimed_epsilon for a in self.attacks if a.delta >= delta)
+        strongest = self._strongest
+        return (
+            self.claimed_epsilon is not None
+            and strongest is not None
+            and strongest.epsilon_lower > self.claimed_epsilon
+        )
 
     @property
     def verdict(self) -> str:
         """The outcome in a sentence."""
-        found = f"epsilon is at least {self.epsilon_lower:.3g}"
+        strongest = self._strongest
+        if strongest is None:
+            found = f"epsilon is estimated as at least {self.epsilon_lower:.3g}, if records are independent and alike"
+        else:
+            found = (
+                f"epsilon is at least {strongest.epsilon_lower:.3g} at delta {strongest.delta:.3g}, with confidence "
+            )
+            found += f"{100 * strongest.confidence:.3g} %"
         if self.claimed_epsilon is None:
             return f"No claim was made; {found}."
         claim = f"({self.claimed_epsilon:.4g}, {self.claimed_delta or 0.0:.3g})-DP"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from groundwire.plugins.edge.part import Part
@@ -24,7 +24,7 @@ class DevicePrivacy(Part):
         target_epsilon: Budget; the noise is chosen so that the planned rounds spend it.
         noise_multiplier: Standard deviation of the noise in the sum over ``clip_norm``; with ``target_epsilon`` too,
             training stops before the budget is exceeded.
-        target_delta: Probability with which the guarantee may fail; ``1 / M^1.1`` for ``M`` devices by default.
+        target_delta: Probability with which the guarantee may fail; ``1 / (2 M^1.1)`` for ``M`` devices by default.
         accountant: As in :func:`groundwire.plugins.privacy.spent_epsilon`.
 
     Raises:
@@ -68,21 +68,25 @@ class DevicePrivacy(Part):
         self._affordable: int | None = None
 
     def setup(self, num_devices: int, least_noise: float = 0.0) -> None:
-        """Forget what was before.
+        """Get ready for a population; round 0 forgets what was before.
 
         Args:
             num_devices: Devices ``M`` of the population.
             least_noise: Noise multiplier that is there in any case.
         """
         warn_of_gdp(self.accountant)
-        self._num_devices, self._least_noise, self._rounds = num_devices, least_noise, 0
-        self._sample_rate = self._chosen_noise = self._affordable = None
+        self._num_devices, self._least_noise, self._affordable = num_devices, least_noise, None
+        if self.delta >= 1 / num_devices:
+            rank_zero_warn(
+                f"`target_delta` is {self.delta:.3g}, not below one over the number of devices ({1 / num_devices:.3g}): "
+                "publishing the data of a random device would count as private. Use at most a tenth of that."
+            )
 
     def clip(self, rows: Tensor) -> Tensor:
         """Rows ``(M, d)`` scaled down to norm ``clip_norm`` where they are longer; a row that is not finite becomes 0."""
         norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-        factor = torch.where(norms > self.clip_norm, self.clip_norm / norms, 1.0)
-        clipped = rows * factor.to(rows.dtype).unsqueeze(1)
+        excess = torch.where(norms > self.clip_norm, norms / self.clip_norm, 1.0)
+        clipped = rows / excess.to(rows.dtype).unsqueeze(1)  # its inverse may be subnormal, and then imprecise
         broken = ~torch.isfinite(norms)
         return clipped.masked_fill(broken.unsqueeze(1), 0) if bool(broken.any()) else clipped
 
@@ -96,8 +100,12 @@ class DevicePrivacy(Part):
             The noise multiplier of its sum.
 
         Raises:
-            MisconfigurationException: If devices are not drawn by coins of their own, or the run has no planned end.
+            MisconfigurationException: If devices are not drawn by coins of their own, the run has no planned end, or
+                the budget does not pay for the round.
         """
+        if round.index == 0:  # a new run; a second fit of the same Trainer goes on with the account of the first
+            self._rounds = 0
+            self._sample_rate = self._chosen_noise = self._affordable = None
         rate = round.sample_rate
         if rate is None:
             raise MisconfigurationException(
@@ -113,7 +121,20 @@ class DevicePrivacy(Part):
         if self._chosen_noise is None:
             self._choose(round, rate)
         assert self._chosen_noise is not None
+        if self.is_spent(round.num_rounds):
+            self._refuse_to_exceed(self._chosen_noise, rate)
         return self._chosen_noise
+
+    def _refuse_to_exceed(self, noise: float, rate: float) -> None:
+        """Stop what the Trainer does not: ``min_steps``, a first round that is too dear, a spent run that goes on."""
+        assert self.target_epsilon is not None
+        epsilon = spent_epsilon(noise, rate, self._rounds + 1, self.delta, self.accountant)
+        if epsilon > self.target_epsilon:
+            raise MisconfigurationException(
+                f"`target_epsilon` {self.target_epsilon} pays for {self._rounds} rounds at noise multiplier {noise:.4g} and "
+                f"sample rate {rate:.4g}; a further one makes it {epsilon:.4g}, and was not made. Give more noise, raise "
+                "the budget, or leave out the Trainer's min_steps and min_epochs."
+            )
 
     def _choose(self, round: Round, rate: float) -> None:
         noise = self.noise_multiplier
@@ -157,6 +178,11 @@ class DevicePrivacy(Part):
             )
         return self._rounds >= self._affordable
 
+    def epsilon(self, rounds: int, sample_rate: float) -> float:
+        """Of so many rounds, for those to whom devices seem to take part at that rate."""
+        noise = self._chosen_noise if self._chosen_noise is not None else self.noise_multiplier
+        return math.inf if noise is None else spent_epsilon(noise, sample_rate, rounds, self.delta, self.accountant)
+
     def statement(self, rounds: int, *, mechanism: str, assumptions: tuple[str, ...]) -> PrivacyStatement:
         """The guarantee of the first ``rounds`` rounds.
 
@@ -168,15 +194,16 @@ class DevicePrivacy(Part):
         Returns:
             The statement.
         """
-        noise = self._chosen_noise if self._chosen_noise is not None else self.noise_multiplier
-        epsilon = (
-            math.inf if noise is None else spent_epsilon(noise, self.sample_rate, rounds, self.delta, self.accountant)
-        )
+        if self.sample_rate < 1:
+            mechanism = f"Poisson-subsampled {mechanism}"
+            assumptions = (*assumptions, "Which devices take part is drawn by independent coins that stay secret.")
+        if self.accountant == "gdp":
+            assumptions = (*assumptions, "The GDP accountant approximates; epsilon may be larger.")
         return PrivacyStatement(
             mechanism=mechanism,
             unit="all data of one device",
             adjacency="add-remove",
-            epsilon=epsilon,
+            epsilon=self.epsilon(rounds, self.sample_rate),
             delta=self.delta,
             assumptions=assumptions,
         )

@@ -47,6 +47,7 @@ class DPOverTheAir(Uplink):
 
     Raises:
         ValueError: If an argument is out of range.
+        MisconfigurationException: With another scheduler, or in a round that the budget does not pay for.
 
     Reference:
         Liu, Simeone, "Privacy for Free: Wireless Federated Learning via Uncoded Transmission with Adaptive Power
@@ -120,11 +121,8 @@ class DPOverTheAir(Uplink):
         )
         return self.device_privacy.statement(
             rounds,
-            mechanism="Poisson-subsampled Gaussian (the receiver's noise)",
-            assumptions=(
-                air,
-                "Which devices take part is drawn by independent coins that stay secret.",
-            ),
+            mechanism="Gaussian (the receiver's noise)",
+            assumptions=(air,),
         )
 
     @override

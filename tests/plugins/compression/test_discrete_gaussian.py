@@ -182,7 +182,7 @@ def test_privacy_accounts_for_padding_rounding_and_shares() -> None:
     assert statement.epsilon == pytest.approx(expected)
     assert compressor.sensitivity(1000) == pytest.approx(longest)
     text = str(statement)
-    assert statement.adjacency == "add-remove"
+    assert statement.adjacency == "zero-out"
     assert "at least 25 honest shares of noise" in text
     assert "counted as 1" in text
     assert f"norm {longest:.6g} steps" in text

@@ -127,14 +127,14 @@ def test_privacy_is_that_of_the_gaussian_mechanism() -> None:
     assert statement is not None
     assert gaussian_delta(statement.epsilon, math.sqrt(50) / 4) == pytest.approx(1e-6, rel=1e-4)
     assert statement.mechanism == "Gaussian"
-    assert statement.adjacency == "add-remove"
+    assert statement.adjacency == "zero-out"
     assert "at least 10 honest shares of noise in every round" in str(statement)
     assert "the sketch is public" in str(statement)
 
     sampled = sketch.privacy(numel=1000, rounds=50, delta=1e-6, sample_rate=0.1)
     assert sampled is not None
-    assert sampled.epsilon < 0.3 * statement.epsilon
-    assert "independently with probability 0.1 each, and who does stays hidden" in str(sampled)
+    assert sampled.epsilon == statement.epsilon, "the variance of the noise tells how many shares are in it"
+    assert "counted as 1, since it is seen who sends, or how many shares of noise" in str(sampled)
 
     alone = PrivateSketch(clip_norm=3.0, noise_multiplier=4.0, density=0.1)
     local = alone.privacy(numel=1000, rounds=50, delta=1e-6, sample_rate=0.1)
@@ -143,15 +143,6 @@ def test_privacy_is_that_of_the_gaussian_mechanism() -> None:
     assert "counted as 1" in str(local)
     assert "Secure aggregation" not in str(local)
     assert PrivateSketch(clip_norm=3.0, noise_multiplier=0.0, k=3).privacy(numel=10) is None
-
-
-def test_amplified_epsilon_against_a_second_library() -> None:
-    pld = pytest.importorskip("dp_accounting.pld.privacy_loss_distribution")
-    one = pld.from_gaussian_mechanism(1.5, sampling_prob=0.1, value_discretization_interval=1e-3)
-    sketch = PrivateSketch(clip_norm=1.0, noise_multiplier=1.5, k=5, num_shares=3)
-    statement = sketch.privacy(numel=10, rounds=40, delta=1e-5, sample_rate=0.1)
-    assert statement is not None
-    assert statement.epsilon == pytest.approx(one.self_compose(40).get_epsilon_for_delta(1e-5), abs=0.03)
 
 
 @pytest.mark.parametrize(

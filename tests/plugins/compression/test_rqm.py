@@ -116,7 +116,7 @@ def test_built_from_a_configuration() -> None:
     )
     assert isinstance(built, RQM)
     assert (built.margin, built.keep_probability) == (0.1, 0.57)
-    assert repr(built) == "RQM(clip=0.1, num_levels=16, margin=0.1, keep_probability=0.57, num_shares=1)"
+    assert repr(built) == "RQM(clip=0.1, num_levels=16, margin=0.1, keep_probability=0.57, num_shares=1, max_devices=1)"
 
 
 @pytest.mark.parametrize(

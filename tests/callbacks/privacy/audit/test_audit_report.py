@@ -66,6 +66,7 @@ def test_a_claim_is_refuted_by_a_bound_above_it_only() -> None:
     assert not report(math.inf).refuted
     assert not report(None).refuted
     assert "REFUTED: epsilon is at least" in report(1.0).verdict
+    assert report(1.0).verdict.endswith("at delta 1e-05, with confidence 95 %.")
     assert "(9, 1e-05)-DP is not refuted" in report(9.0).verdict
     assert "No claim" in report(None, None).verdict
     assert report(0.5).rows()[0]["refuted"] is True
