@@ -2,51 +2,42 @@
 
 from __future__ import annotations
 
-import inspect
+import os
 import secrets
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from groundwire.callbacks.privacy.clipping import ClippingName, make_clipping
 from groundwire.callbacks.privacy.engine import EngineName, PerSampleGradients
-from groundwire.callbacks.privacy.models import fix_layers, refuse_layers
+from groundwire.callbacks.privacy.fixes import fix_layers
 from groundwire.callbacks.privacy.probe import probe_independence, stray_gradient
+from groundwire.callbacks.privacy.refusals import refuse_layers, refuse_optimizer, refuse_trainer
 from groundwire.callbacks.privacy.sampling import (
     PoissonLoader,
     PoissonSampler,
     batch_size_of,
     chunks_within,
     num_records_of,
-    read_records,
     with_sampler,
 )
 from groundwire.callbacks.privacy.train_loader import replace_train_loader
 from groundwire.callbacks.step import is_logging_step
-from groundwire.plugins.edge import EdgeStrategy
 from groundwire.plugins.edge.strategy import CheckpointMismatchError, NonFiniteUpdateError
 from groundwire.plugins.privacy import Accounting, PrivacyStatement, noise_multiplier_for, spent_epsilon, steps_within
 from groundwire.plugins.privacy.accounting import check_accounting, check_delta, check_epsilon, warn_of_gdp
-from groundwire.plugins.random import root_seed, stream
+from groundwire.plugins.random import root_seed, secret_stream
 
 _QUERIES = 20  # how often a run asks the accountant, which takes a hundredth to a third of a second
-_SETTINGS = (
-    "num_records",
-    "logical_batch",
-    "num_chunks",
-    "noise_multiplier",
-    "target_delta",
-    "max_grad_norm",
-    "clipping",
-    "accountant",
-)
 
 
 class PrivacyBudgetExhausted(RuntimeError):
@@ -63,7 +54,10 @@ class DPSGD(pl.Callback):
     (gradient clipping, gradient logging, the optimizer, EMA) sees the private gradient only.
 
     The guarantee covers the weights, and all that follows from them without the data. It does not cover what the
-    module logs about training batches (loss, accuracy), nor model selection on a private validation set.
+    module logs about training batches (loss, accuracy), nor model selection on a private validation set. A learning
+    rate that follows a training metric (ReduceLROnPlateau), or a run that such a metric ends (EarlyStopping), makes the
+    weights depend on the raw data, and is warned of. Where a crashed run is resumed with fresh noise, its steps after
+    the checkpoint are not counted: they were published if its logs or other checkpoints were.
 
     Batches vary in size around ``batch_size``; an empty one, which is possible with small batches, still makes a step,
     for which the module sees one record in its place whose gradient does not count (what the module logs then is of
@@ -79,7 +73,8 @@ class DPSGD(pl.Callback):
         clipping: ``"flat"``, ``"per_layer"`` (each of ``P`` parameter tensors to ``C / sqrt(P)``), or ``"adaptive"``,
             where ``C`` follows the quantile ``target_quantile`` of the norms, at no additional cost.
         target_quantile: For ``"adaptive"``.
-        engine: See :class:`~groundwire.callbacks.privacy.PerSampleGradients`; ``"auto"`` is book-keeping.
+        engine: See :class:`~groundwire.callbacks.privacy.PerSampleGradients`; ``"auto"`` is book-keeping. With
+            ``"ghost"``, callbacks that come before this one see the clipped sum without noise in ``on_after_backward``.
         ghost_output: See there; for ``"ghost"``.
         accountant: ``"prv"`` (tight), ``"rdp"``, or ``"gdp"`` (an approximation, not a guarantee).
         max_physical_batch_size: Records that fit into memory: a step's records are processed in as many batches as that
@@ -88,8 +83,9 @@ class DPSGD(pl.Callback):
         fix: Replace layers that cannot be trained privately (BatchNorm by GroupNorm, LSTM by Opacus's, ...) instead of
             refusing them; before ``configure_optimizers``.
         reproducible: Draw batches and noise from the seed of ``seed_everything``, so that a resumed run equals an
-            uninterrupted one bit for bit. Whoever knows that seed can take the noise away: for experiments. Otherwise
-            they come from the operating system's entropy, and are never stored.
+            uninterrupted one bit for bit. Whoever knows that seed can take the noise away: for experiments. Checkpoints
+            hold the seed, and a second run with the same seed on other data repeats the noise. Otherwise they come from
+            the operating system's entropy, and are never stored.
 
     Attributes:
         epsilon: Spent as of the last query, or None before the first step.
@@ -99,7 +95,10 @@ class DPSGD(pl.Callback):
         ValueError: If an argument is out of range, or neither budget nor noise is given.
         MisconfigurationException: At setup or before the first step, for what cannot be trained privately; the message
             says what to change.
-        PrivacyBudgetExhausted: If the Trainer goes on beyond the budget (``min_epochs``, ``min_steps``).
+        CheckpointMismatchError: If the steps so far, of this run or of a checkpoint, were made with other settings or
+            with another number of records.
+        PrivacyBudgetExhausted: If the Trainer goes on beyond the budget (``min_epochs``, ``min_steps``, or more epochs
+            than were planned).
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[DPSGD(target_epsilon=3.0, target_delta=1e-5)], logger=False)
@@ -162,11 +161,17 @@ class DPSGD(pl.Callback):
         self.epsilon: float | None = None
         self._given_noise, self._given_delta = noise_multiplier, target_delta
         self._restored: dict[str, Any] | None = None
+        self._counted: dict[str, Any] | None = None  # the settings of the steps so far
+        self._is_fitting = False
+        self._trained: weakref.ref[pl.LightningModule] | None = None  # by the last run
+        self._earlier_epsilon = 0.0  # of earlier runs on that module
         self._undo: list[Callable[[], None]] = []
         self._sampler: PoissonSampler | None = None
         self._loader: Any = None
         self._gradients: PerSampleGradients | None = None
-        self._budget: float = float("inf")  # steps that it pays for
+        self._budget: float = float("inf")  # steps that it is known to pay for
+        self._looked_at: float = 0  # steps up to which that was asked
+        self._planned: float = float("inf")  # steps of the run
         self._query_every = 1
         self._queried_at = -1  # steps at the last query
         self._seed = 0
@@ -181,18 +186,21 @@ class DPSGD(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot be trained privately, and take hold of the train loader."""
-        if stage != "fit":
+        self._is_fitting = stage == "fit"
+        if not self._is_fitting:
             return
         self._put_back()
-        _refuse_trainer(trainer, pl_module, self)
+        refuse_trainer(trainer, pl_module, self)
+        self._refuse_rounding(trainer)
         warn_of_gdp(self.accountant)
         if self.fix:
             fix_layers(pl_module)
         if trainer.global_step == 0:
-            self.steps, self.epsilon, self._restored, self._queried_at = 0, None, None, -1
+            self._note_earlier_run(pl_module)
+            self.steps, self.epsilon, self._restored, self._counted, self._queried_at = 0, None, None, None, -1
             self.noise_multiplier, self.target_delta = self._given_noise, self._given_delta
             self._clipping.max_grad_norm = self.max_grad_norm
-        secret = root_seed(None) if self.reproducible else secrets.randbits(62)
+        secret = root_seed(None) if self.reproducible else secrets.randbits(128)
         self._seed = trainer.strategy.broadcast(secret)
         self._sampler, self._probed = None, False
         accumulated = trainer.accumulate_grad_batches
@@ -200,6 +208,20 @@ class DPSGD(pl.Callback):
             replace_train_loader(trainer, lambda loader: self._private_loader(trainer, accumulated, loader)),
             lambda: setattr(trainer, "accumulate_grad_batches", accumulated),
         ]
+
+    def _refuse_rounding(self, trainer: pl.Trainer) -> None:
+        if self.engine == "ghost" and trainer.precision in ("bf16-mixed", "bf16-true", "16-true"):
+            raise MisconfigurationException(
+                f"engine='ghost' weighs the records in the precision of the backward pass: with precision="
+                f"{trainer.precision!r} a record may exceed `max_grad_norm`. Use engine='bookkeeping', or '32-true'."
+            )
+
+    def _note_earlier_run(self, pl_module: pl.LightningModule) -> None:
+        """Keep what earlier runs on this module spent, as a run that starts anew is about to forget it."""
+        if self._trained is None or self._trained() is not pl_module:
+            self._earlier_epsilon = 0.0
+        elif self.steps:
+            self._earlier_epsilon += self._query() if self._sampler is not None else self.epsilon or 0.0
 
     def _private_loader(self, trainer: pl.Trainer, accumulated: int, loader: Any) -> Any:
         ranks = trainer.world_size
@@ -234,6 +256,7 @@ class DPSGD(pl.Callback):
             num_ranks=ranks,
         )
         self._sampler = sampler
+        self._refuse_other_settings(self._counted, "The steps so far were made")
         private = with_sampler(loader, sampler)
         self._undo.append(private.shutdown)
         return private
@@ -262,12 +285,25 @@ class DPSGD(pl.Callback):
         self._gradients = PerSampleGradients(pl_module, self.engine, self.ghost_output)
         self._gradients.attach()
         self._clipping.num_parameters = len(self._gradients.parameters)
-        self._check_optimizer(trainer)
+        refuse_optimizer(trainer, self._gradients.parameters)
+        self._refuse_default_seed()
+        _warn_of_raw_metrics(trainer)
         self._settle_privacy(trainer, sampler)
+        self._trained = weakref.ref(pl_module)
         if isinstance(trainer.strategy, DDPStrategy):  # its all-reduce of gradients that are thrown away
             wrapped: Any = trainer.strategy.model
             wrapped.require_backward_grad_sync = False
             self._undo.append(lambda: setattr(wrapped, "require_backward_grad_sync", True))
+
+    def _refuse_default_seed(self) -> None:
+        if not self.reproducible:
+            return
+        if "PL_GLOBAL_SEED" not in os.environ and "seed" not in (self._restored or {}):
+            raise MisconfigurationException(
+                "DPSGD(reproducible=True) draws batches and noise from the run's seed, and there is none. Call "
+                "`seed_everything(...)` first, or leave `reproducible` out."
+            )
+        rank_zero_info("DPSGD: the noise comes from the run's seed (reproducible=True) and is no secret.")
 
     def _settle_privacy(self, trainer: pl.Trainer, sampler: PoissonSampler) -> None:
         """Delta, noise and the number of steps that the budget pays for."""
@@ -282,12 +318,19 @@ class DPSGD(pl.Callback):
         planned = trainer.estimated_stepping_batches
         endless = planned == float("inf")
         if self._restored is not None:
-            self._resume(sampler)
+            self._resume()
         elif trainer.global_step > 0 and self.steps == 0:
             rank_zero_warn(
                 f"The checkpoint was trained for {trainer.global_step} steps without DPSGD: the guarantee covers the "
                 "steps from here on, not what the weights know already."
             )
+        elif self._earlier_epsilon > 0 and self.steps == 0:
+            rank_zero_warn(
+                "This module was trained by this callback before, for epsilon "
+                f"{self._earlier_epsilon:.4g}: the guarantee of this run does not cover that. Both compose (at worst, "
+                "epsilons and deltas add up)."
+            )
+        self._planned = planned - trainer.global_step + self.steps
         if self.noise_multiplier is None:
             assert self.target_epsilon is not None
             if endless:
@@ -295,9 +338,8 @@ class DPSGD(pl.Callback):
                     "DPSGD cannot choose the noise for a run without an end. Set Trainer(max_steps=...) or "
                     "max_epochs, or give `noise_multiplier`: then training stops when the budget is spent."
                 )
-            steps = int(planned) - trainer.global_step + self.steps
             self.noise_multiplier = noise_multiplier_for(
-                self.target_epsilon, sampler.sample_rate, max(steps, 1), self.target_delta, self.accountant
+                self.target_epsilon, sampler.sample_rate, max(int(self._planned), 1), self.target_delta, self.accountant
             )
         if self.noise_multiplier == 0:
             rank_zero_warn("DPSGD with noise_multiplier=0 clips gradients, but promises nothing: epsilon is infinite.")
@@ -305,25 +347,19 @@ class DPSGD(pl.Callback):
             self._clipping.gradient_noise(self.noise_multiplier, sampler.logical_batch)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-        limit = 10**7 if endless else int(planned) - trainer.global_step + self.steps
+        self._refuse_other_settings(self._counted, "The steps so far were made")
+        self._counted = self._settings()
+        limit = 10**7 if endless else int(self._planned)
         self._budget = float("inf")
         if self.target_epsilon is not None:
-            affordable = steps_within(
-                self.target_epsilon,
-                self.noise_multiplier,
-                sampler.sample_rate,
-                self.target_delta,
-                limit,
-                self.accountant,
-            )
-            self._budget = affordable if affordable < limit or self.steps >= affordable else float("inf")
-            if affordable == 0:
+            self._look_ahead(limit)
+            if self._budget == 0:
                 raise MisconfigurationException(
                     f"The budget of epsilon {self.target_epsilon} does not pay for one step with noise multiplier "
                     f"{self.noise_multiplier:.4g} at sample rate {sampler.sample_rate:.4g}. Raise the noise."
                 )
         self._query_every = max(1, limit // _QUERIES) if not endless else 1000
-        if self.steps >= self._budget:
+        if self._is_spent():
             trainer.should_stop = True
         rank_zero_info(
             f"DPSGD: noise multiplier {self.noise_multiplier:.4g}, {records} records, {sampler.logical_batch} a step "
@@ -332,32 +368,27 @@ class DPSGD(pl.Callback):
             + (f", budget epsilon {self.target_epsilon:.4g}" if self.target_epsilon is not None else "")
         )
 
-    def _check_optimizer(self, trainer: pl.Trainer) -> None:
-        assert self._gradients is not None
-        if len(trainer.optimizers) != 1:
-            raise MisconfigurationException(
-                f"DPSGD supports one optimizer with automatic optimization, got {len(trainer.optimizers)}."
-            )
-        optimizer = trainer.optimizers[0]
-        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-        if closure is not None and closure.default is inspect.Parameter.empty:
-            raise MisconfigurationException(
-                f"{type(optimizer).__name__} evaluates the loss several times a step, which DPSGD does not account for. "
-                "Use an optimizer that evaluates it once, such as SGD or Adam."
-            )
-        stepped = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-        known = set(self._gradients.parameters.values())
-        left_out = [name for name, p in self._gradients.parameters.items() if p not in stepped]
-        if left_out:
-            raise MisconfigurationException(
-                f"The optimizer does not train {', '.join(left_out)}, whose gradients would use up the clipping norm. "
-                "Freeze them (`requires_grad_(False)`), or give them to the optimizer."
-            )
-        if len(stepped - known):
-            raise MisconfigurationException(
-                f"The optimizer trains {len(stepped - known)} tensors that are no parameters of the LightningModule, so "
-                "their gradients cannot be made private. Register them on the module."
-            )
+    def _look_ahead(self, steps: int) -> None:
+        """Ask how many of so many steps the budget pays for."""
+        assert self._sampler is not None
+        assert self.target_epsilon is not None
+        assert self.noise_multiplier is not None
+        assert self.target_delta is not None
+        self._looked_at = steps
+        self._budget = steps_within(
+            self.target_epsilon,
+            self.noise_multiplier,
+            self._sampler.sample_rate,
+            self.target_delta,
+            steps,
+            self.accountant,
+        )
+
+    def _is_spent(self) -> bool:
+        """Whether a further step would exceed the budget; asks once more where the run goes beyond its plan."""
+        if self.steps >= self._budget == self._looked_at:
+            self._look_ahead(2 * self.steps)
+        return self.steps >= self._budget
 
     # ---------------------------------------------------------------- a step
 
@@ -370,15 +401,17 @@ class DPSGD(pl.Callback):
         self._observe_unfrozen(trainer, pl_module)
         if self.probe and not self._probed:  # here, all callbacks have put layers into the modes that they want
             self._probed = True
-            last = self._sampler.num_records - 1
-            probe_independence(trainer, pl_module, self._gradients, lambda: read_records(self._loader, [0, last]))
+            probe_independence(trainer, pl_module, self._gradients, self._loader)
         chunks = self._sampler.num_chunks
         index = batch_idx % chunks
-        if self.steps >= self._budget:
+        if self._is_spent():
             raise PrivacyBudgetExhausted(
                 f"{self.steps} steps have spent the budget of epsilon {self.target_epsilon}, and the Trainer goes on "
-                "(min_epochs or min_steps). The weights are those of the last step within the budget."
+                "(min_epochs, min_steps, or more epochs than were planned). The weights are those of the last step "
+                "within the budget."
             )
+        if index == 0:  # a step that was given up half-way must leave nothing behind: its records are drawn again
+            self._sums, self._count = {}, None
         self._is_last = index == chunks - 1
         self._is_clipped = False
         self._size = self._sampler.size_of(trainer.global_step, index)
@@ -386,16 +419,19 @@ class DPSGD(pl.Callback):
     def _observe_unfrozen(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Observe what was frozen or unfrozen since the last step."""
         assert self._gradients is not None
-        trainable = sum(p.requires_grad for p in pl_module.parameters())
-        if trainable != len(self._gradients.parameters):
+        trainable = {id(p) for p in pl_module.parameters() if p.requires_grad}
+        if trainable != {id(p) for p in self._gradients.parameters.values()}:
             refuse_layers(pl_module)
             self._gradients.attach()
-            self._clipping.num_parameters = trainable
-            self._check_optimizer(trainer)
+            self._clipping.num_parameters = len(trainable)
+            refuse_optimizer(trainer, self._gradients.parameters)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Start to observe; with ghost clipping, run the first of the two backward passes."""
-        if self._size is None or self._gradients is None:
+        if self._gradients is None:
+            return
+        if self._size is None:
+            self._refuse_stray_backward(trainer)
             return
         self._gradients.begin()
         if self.engine == "ghost":
@@ -405,7 +441,10 @@ class DPSGD(pl.Callback):
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Clip the records' gradients and add them up; at the end of a step, replace the gradient by the private one."""
         gradients = self._gradients
-        if self._size is None or gradients is None:
+        if gradients is None:
+            return
+        if self._size is None:
+            self._refuse_stray_backward(trainer)
             return
         if self._is_clipped:
             raise MisconfigurationException(
@@ -425,6 +464,13 @@ class DPSGD(pl.Callback):
             gradients.end()
             if self._is_last:
                 self._release(trainer)
+
+    def _refuse_stray_backward(self, trainer: pl.Trainer) -> None:
+        if trainer.training and not trainer.sanity_checking:
+            raise MisconfigurationException(
+                "A backward pass ran outside of a training step, whose gradients DPSGD would not make private. Take "
+                "gradients that are not meant for the optimizer by `torch.autograd.grad`."
+            )
 
     @property
     def _num_chunks(self) -> int:
@@ -488,22 +534,18 @@ class DPSGD(pl.Callback):
                 f"The sum of clipped gradients of step {self.steps} is not finite although each record's was bounded: "
                 "a layer overflowed. The weights were not changed. Lower the learning rate, or use 32-bit precision."
             )
-        generators: dict[torch.device, torch.Generator] = {}
         std = sigma * self._clipping.max_grad_norm
+        noise_of = _GaussianNoise(self._seed, "privacy/gradient", trainer.global_step)
         for p, total in zip(parameters, totals, strict=True):
             if std > 0:
-                generator = generators.setdefault(p.device, self._noise("gradient", trainer.global_step, p.device))
-                total += std * torch.randn(total.shape, generator=generator, dtype=total.dtype, device=total.device)
+                total.add_(noise_of(total), alpha=std)
             p.grad = total.div_(expected).view_as(p)
         count_noise = self._clipping.count_noise(expected)
         if count_noise is not None:
-            generator = self._noise("count", trainer.global_step, torch.device("cpu"))
-            noise = float(torch.randn((), generator=generator)) * (count_noise if self.noise_multiplier > 0 else 0.0)
+            generator = secret_stream(self._seed, purpose="privacy/count", round=trainer.global_step)
+            noise = float(generator.standard_normal()) * (count_noise if self.noise_multiplier > 0 else 0.0)
             self._clipping.update(float(count if count is not None else 0.0) + noise, expected)
         self.steps += 1
-
-    def _noise(self, purpose: str, step: int, device: torch.device) -> torch.Generator:
-        return stream(self._seed, purpose=f"privacy/{purpose}", round=step, on=device)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -517,12 +559,13 @@ class DPSGD(pl.Callback):
         self._size = None
         if not self._is_last:
             return
-        if self.steps >= self._budget:
+        if self._budget < self._looked_at and self._is_spent():
             trainer.should_stop = True
-        is_end = self.steps >= self._budget or trainer.global_step == trainer.max_steps
+        enough = trainer.global_step >= (trainer.min_steps or 0) and trainer.current_epoch >= (trainer.min_epochs or 0)
+        is_end = self.steps in (self._budget, self._planned) or (trainer.should_stop and enough)
         is_epoch_end = batch_idx + 1 >= trainer.num_training_batches
-        due = is_logging_step(trainer) and (self.steps // self._query_every > (self._queried_at // self._query_every))
-        if due or is_end or is_epoch_end or self.epsilon is None:
+        due = self.steps // self._query_every > self._queried_at // self._query_every
+        if is_end or self.epsilon is None or (due and (is_epoch_end or is_logging_step(trainer))):
             self._query()
             pl_module.log("privacy/epsilon", self.epsilon or 0.0, prog_bar=True, on_step=True, on_epoch=False)
             if self.clipping == "adaptive":
@@ -577,7 +620,11 @@ class DPSGD(pl.Callback):
     # ---------------------------------------------------------------- the end
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say what was spent."""
+        """Say what was spent, also where the run ended between two queries of the accountant."""
+        if self.steps and self._queried_at != self.steps:
+            for logger in trainer.loggers:
+                logger.log_metrics({"privacy/epsilon": self._query()}, step=trainer.global_step)
+            trainer.callback_metrics["privacy/epsilon"] = torch.tensor(self._query())
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info("DPSGD: a dry run; what it spent is not reported.")
         elif self.steps:
@@ -617,14 +664,15 @@ class DPSGD(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The accountant's state, and the settings that a resumed run must share; never a secret seed."""
-        if self._sampler is None:
+        if self._sampler is None or self._restored is not None:
             return dict(self._restored or {})
         state = self._settings() | {"steps": self.steps, "current_max_grad_norm": self._clipping.max_grad_norm}
         return state | ({"seed": self._seed} if self.reproducible else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep what is to be gone on from until training starts."""
-        if state_dict:
+        """Keep what is to be gone on from until training starts; a checkpoint that is only evaluated takes nothing back."""
+        if state_dict and (self._is_fitting or not self.steps):
+            self._counted = None
             self._restored = dict(state_dict)
             self.steps = state_dict["steps"]
             if self.reproducible and "seed" in state_dict:
@@ -632,23 +680,72 @@ class DPSGD(pl.Callback):
                 if self._sampler is not None:
                     self._sampler.seed = self._seed
 
-    def _resume(self, sampler: PoissonSampler) -> None:
+    def _resume(self) -> None:
         state, self._restored = self._restored, None
         assert state is not None
         if self.noise_multiplier is None:
             self.noise_multiplier = state["noise_multiplier"]
         if self._given_delta is None:
             self.target_delta = state["target_delta"]
-        here = self._settings()
-        differing = [name for name in _SETTINGS if here[name] != state[name]]
-        if differing:
-            raise CheckpointMismatchError(
-                "The checkpoint was trained with other privacy settings: "
-                + "; ".join(f"{name} was {state[name]!r} and is now {here[name]!r}" for name in differing)
-                + ". Its guarantee cannot be continued: resume with the same settings, or start a new run."
-            )
+        self._refuse_other_settings(state, "The checkpoint was trained")
         self.steps = state["steps"]
         self._clipping.max_grad_norm = state["current_max_grad_norm"]
+        self._earlier_epsilon = 0.0
+
+    def _refuse_other_settings(self, before: dict[str, Any] | None, what: str) -> None:
+        """Refuse settings by which the steps so far would be counted wrongly."""
+        here = self._settings()
+        differing = [name for name, value in here.items() if before is not None and value != before[name]]
+        if self.steps and before is not None and differing:
+            raise CheckpointMismatchError(
+                f"{what} with other privacy settings: "
+                + "; ".join(f"{name} was {before[name]!r} and is now {here[name]!r}" for name in differing)
+                + ". Its guarantee cannot be continued: go on with the same settings, or start a new run."
+            )
+
+
+class _GaussianNoise:
+    """Standard normal numbers, the same in all processes, from one stream a device.
+
+    Args:
+        seed: The run's secret.
+        purpose: What they are for.
+        step: Of the run.
+    """
+
+    def __init__(self, seed: int, purpose: str, step: int) -> None:
+        self._seed, self._purpose, self._step = seed, purpose, step
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._on_cpu: np.random.Generator | None = None
+
+    def __call__(self, like: Tensor) -> Tensor:
+        if like.device.type == "cpu":
+            if self._on_cpu is None:
+                self._on_cpu = secret_stream(self._seed, purpose=self._purpose, round=self._step)
+            dtype = np.float64 if like.dtype == torch.float64 else np.float32
+            return torch.from_numpy(self._on_cpu.standard_normal(like.numel(), dtype)).view_as(like).to(like.dtype)
+        if like.device not in self._generators:
+            # devices are counted in the parameters' order: their own indices differ between processes
+            purpose = f"{self._purpose}/{len(self._generators)}"
+            key = secret_stream(self._seed, purpose=purpose, round=self._step).integers(2**64, dtype=np.uint64)
+            self._generators[like.device] = torch.Generator(like.device).manual_seed(int(key))
+        return torch.randn(like.shape, generator=self._generators[like.device], dtype=like.dtype, device=like.device)
+
+
+def _warn_of_raw_metrics(trainer: pl.Trainer) -> None:
+    """Warn of what makes the weights depend on metrics of the raw training data."""
+    for config in trainer.lr_scheduler_configs:
+        if config.reduce_on_plateau and not str(config.monitor).startswith(("val", "test")):
+            rank_zero_warn(
+                f"ReduceLROnPlateau monitors {config.monitor!r}: if that is computed on training batches, the weights depend "
+                "on the raw data, which the guarantee does not cover. Monitor a metric of other data, or use a schedule."
+            )
+    for callback in trainer.early_stopping_callbacks:
+        if callback.monitor.startswith("train"):
+            rank_zero_warn(
+                f"EarlyStopping monitors {callback.monitor!r}: when the run ends depends on the raw training data, which "
+                "the guarantee does not cover. Monitor a metric of other data."
+            )
 
 
 def _all_reduce(tensors: list[Tensor]) -> None:
@@ -659,50 +756,3 @@ def _all_reduce(tensors: list[Tensor]) -> None:
         dist.all_reduce(flat)
         for t, part in zip(of_dtype, torch.split(flat, [t.numel() for t in of_dtype]), strict=True):
             t.copy_(part.view_as(t))
-
-
-def _refuse_trainer(trainer: pl.Trainer, module: pl.LightningModule, callback: pl.Callback) -> None:
-    """Refuse, before anything is built, what would break the guarantee or cannot work."""
-    name, strategy = type(module).__name__, trainer.strategy
-    if isinstance(strategy, EdgeStrategy):
-        raise MisconfigurationException(
-            "DPSGD protects records in a central training run; in EdgeStrategy protect whole devices: "
-            "EdgeStrategy(uplink=DPUplink(...)) of groundwire.plugins.edge."
-        )
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
-        raise MisconfigurationException(
-            f"DPSGD works with one device and with DDP, got {type(strategy).__name__}: sharded or remote parameters have "
-            "no whole per-sample gradients. Use strategy='auto' or 'ddp'."
-        )
-    if not module.automatic_optimization:
-        raise MisconfigurationException(
-            f"DPSGD supports one optimizer with automatic optimization, but {name} sets `automatic_optimization = False`."
-        )
-    if getattr(trainer.precision_plugin, "scaler", None) is not None:
-        raise MisconfigurationException(
-            "DPSGD cannot use precision='16-mixed': which steps its loss scaler skips depends on the data. Use "
-            "'bf16-mixed' or '32-true'."
-        )
-    if trainer.precision in ("bf16-true", "16-true"):
-        rank_zero_warn(
-            f"precision={trainer.precision!r} rounds the noise to a few bits, which the guarantee does not cover. Use "
-            "'bf16-mixed' or '32-true'."
-        )
-    if trainer.overfit_batches > 0:  # type: ignore[attr-defined]
-        raise MisconfigurationException(
-            "overfit_batches repeats the same batches, but DPSGD draws new ones every step. Use a "
-            "torch.utils.data.Subset of the data instead."
-        )
-    for other in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(other, pl.callbacks.GradientAccumulationScheduler):
-            raise MisconfigurationException(
-                "GradientAccumulationScheduler changes the batch size during the run, which DPSGD does not account for. "
-                "Use a fixed Trainer(accumulate_grad_batches=...)."
-            )
-        if isinstance(other, pl.callbacks.LearningRateFinder | pl.callbacks.BatchSizeFinder):
-            raise MisconfigurationException(
-                f"{type(other).__name__} trains on the private data in steps that nobody accounts for. Choose the value "
-                "on public data, or by trial within the budget."
-            )
-        if isinstance(other, DPSGD) and other is not callback:
-            raise MisconfigurationException("The Trainer has two DPSGD callbacks: keep one.")

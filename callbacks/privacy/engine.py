@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,9 +28,6 @@ _TRANSPARENT = (DPRNNBase,)  # its cells' parameters are registered on it as wel
 EngineName = Literal["auto", "bookkeeping", "ghost", "hooks", "functorch"]
 """How per-sample gradients are handled; ``"auto"`` is book-keeping, which builds them only where a layer needs it."""
 
-Weigh = Callable[[dict[Tensor, Tensor]], dict[Tensor, Tensor]]
-"""From squared norms of the records' gradients to the weights with which the records enter the sum, both ``(n,)``."""
-
 
 class PerSampleGradients:
     """Observes the layers of a module, so that after a backward pass the records' gradients can be weighed and summed.
@@ -40,6 +38,9 @@ class PerSampleGradients:
     gradients: autograd skips the sum over the records, which would be thrown away, and a gradient that reaches a
     parameter in another way than through its layer shows up in ``p.grad`` and is refused.
 
+    Of the arguments of a layer, the first tensor has one row per record. Another one has, too, if its rows are as many as
+    the records in every call so far: calls with different numbers of records tell it from, say, a mask of positions.
+
     Args:
         module: The module; its trainable parameters are those that require gradients when :meth:`attach` is called.
         engine: ``"hooks"`` builds all per-sample gradients by Opacus's rules, ``"functorch"`` by ``vmap``;
@@ -49,7 +50,8 @@ class PerSampleGradients:
             one tensor with the records first, is all that the loss depends on.
 
     Raises:
-        MisconfigurationException: In :meth:`attach`, if a parameter cannot be seen through a layer.
+        MisconfigurationException: In :meth:`attach`, if a parameter cannot be seen through a layer; in a forward pass, if
+            a norm uses or keeps the statistics of the batch.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(3, 1))
@@ -82,6 +84,7 @@ class PerSampleGradients:
         self._first: dict[nn.Module, list[Tensor]] = {}  # ghost: what the first pass reported
         self._is_first_pass = False
         self._gradients: list[LayerGradients] | None = None
+        self._same_for_all: dict[nn.Module, set[int]] = {}  # places of arguments that do not hold one row per record
 
     # ---------------------------------------------------------------- attach
 
@@ -112,6 +115,9 @@ class PerSampleGradients:
                 layer.register_forward_pre_hook(self._before_forward),
                 layer.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
             ]
+        for name, layer in self.module.named_modules():
+            if isinstance(layer, nn.modules.batchnorm._NormBase):
+                self._handles.append(layer.register_forward_pre_hook(partial(_refuse_statistics, name)))
         if self.engine == "ghost":
             output_of = self.module.get_submodule(self.ghost_output)
             self._handles.append(output_of.register_forward_hook(self._note_output))
@@ -130,6 +136,15 @@ class PerSampleGradients:
                 f"Ghost clipping cannot tell {own} of `{name}` from the parameters of its submodules. Use "
                 "engine='bookkeeping', or put them into a submodule of their own."
             )
+        dropouts = [
+            m for m in layer.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0
+        ]
+        if dropouts and any(True for _ in layer.children()):
+            raise MisconfigurationException(
+                f"`{name}` has {own} of its own beside submodules, so its records are run one by one, where an active "
+                f"{type(dropouts[0]).__name__} inside cannot draw the same again. Put {own} into a submodule of its own, "
+                "or set the dropout to 0."
+            )
         if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.scale_grad_by_freq:
             raise MisconfigurationException(
                 f"`{name}` scales gradients by how often the batch has a token, which mixes records. Set "
@@ -144,6 +159,7 @@ class PerSampleGradients:
         self._handles.clear()
         self._records.clear()
         self._names.clear()
+        self._same_for_all.clear()
         self._gradients = self._row_scale = None
         self.parameters = {}
 
@@ -190,6 +206,8 @@ class PerSampleGradients:
                 "gradients need layers that return one tensor. Opacus has DPLSTM, DPGRU and DPMultiheadAttention."
             )
         call = Call.of(args, kwargs)
+        if output.ndim > 0:
+            self._learn_arguments(layer, call, len(output))
         held: list[Call] = [call]
         versions = [x._version for x in call.tensors]
 
@@ -210,6 +228,21 @@ class PerSampleGradients:
             return None
         output = output.clone() if output._is_view() else output
         return _Observed.apply(output, self._anchor, report)  # type: ignore[no-untyped-call]
+
+    def _learn_arguments(self, layer: nn.Module, call: Call, num_records: int) -> None:
+        """Note which arguments do not follow the number of records; one row may be there for all, and says nothing."""
+        different = {
+            i
+            for i, x in enumerate(call.leaves)
+            if isinstance(x, Tensor) and x.ndim > 0 and len(x) not in (1, num_records)
+        }
+        self._same_for_all.setdefault(layer, set()).update(different)
+
+    def _of_records(self, layer: nn.Module, call: Call, num_records: int) -> list[int]:
+        """Places of the arguments that hold one row per record."""
+        same = self._same_for_all.get(layer, set())
+        first = next((i for i, x in enumerate(call.leaves) if isinstance(x, Tensor)), None)
+        return [i for i in call.with_rows(num_records) if i == first or i not in same]
 
     def _note_output(self, layer: nn.Module, inputs: Any, output: Any) -> Any:
         if self._paused or not torch.is_grad_enabled() or output is None:
@@ -313,9 +346,10 @@ class PerSampleGradients:
             records: Which, bool, shape ``(n,)``.
         """
         self._gradients = None
-        for calls in self._records.values():
+        for layer, calls in self._records.items():
             for i, (call, backprops) in enumerate(calls):
-                calls[i] = (call.map(lambda x: _without(x, records)), _without(backprops, records))
+                of_records = self._of_records(layer, call, len(records))
+                calls[i] = (call.map(lambda x: _without(x, records), of_records), _without(backprops, records))
 
     def first_pass(self, loss: Tensor) -> None:
         """With ``"ghost"``: have autograd report the gradients at the layers' outputs, and keep the graph.
@@ -380,7 +414,8 @@ class PerSampleGradients:
             if any(True for _ in layer.children()):  # no rule of Opacus's sees the whole of it
                 build = functorch_grad_samples
             for call, backprops in calls:
-                samples = {p: s for p, s in build(layer, call, backprops).items() if p.requires_grad}
+                of_records = self._of_records(layer, call, batch_size)
+                samples = {p: s for p, s in build(layer, call, backprops, of_records).items() if p.requires_grad}
                 if once:
                     yield Instantiated(samples)
                     continue
@@ -402,7 +437,11 @@ class PerSampleGradients:
 
 
 class _Observed(torch.autograd.Function):
-    """The output of a layer, which needs no gradient for itself, made to report the gradient that comes by."""
+    """The output of a layer, which needs no gradient for itself, made to report the gradient that comes by.
+
+    With its parameters frozen for the call, the output of the first layer has no graph to hook; and a leaf that
+    ``requires_grad_()`` would not take an in-place activation.
+    """
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, anchor: Tensor, report: Callable[[Tensor], None]) -> Tensor:
@@ -414,6 +453,19 @@ class _Observed(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         ctx.report(grad_outputs[0])
         return grad_outputs[0], None, None
+
+
+def _refuse_statistics(name: str, layer: nn.modules.batchnorm._NormBase, inputs: Any) -> None:
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        is_refused = layer.training or layer.running_mean is None
+    else:
+        is_refused = layer.training and layer.track_running_stats
+    if is_refused:
+        raise MisconfigurationException(
+            f"`{name}` ({type(layer).__name__}) uses or keeps statistics of the batch, which mixes its records, also with "
+            "frozen parameters. Put it into evaluation mode (`.eval()`, with track_running_stats=True), or replace it "
+            "(BatchNorm by GroupNorm: DPSGD(fix=True))."
+        )
 
 
 def _is_of_a_step(output: Any) -> bool:

@@ -8,12 +8,13 @@ linear map both follow from ``a`` and ``b`` without the gradients themselves.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from opacus.grad_sample import GradSampleHooks
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
@@ -48,25 +49,34 @@ class Call:
         """The arguments that are tensors."""
         return tuple(x for x in self.leaves if isinstance(x, Tensor))
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Call:
-        """The same call with other tensors."""
-        return Call(tuple(change(x) if isinstance(x, Tensor) else x for x in self.leaves), self.spec)
+    def map(self, change: Callable[[Tensor], Tensor], only: Collection[int] | None = None) -> Call:
+        """The same call with other tensors, of all leaves or of ``only`` those at these places."""
+        places = range(len(self.leaves)) if only is None else only
+        leaves = (change(x) if isinstance(x, Tensor) and i in places else x for i, x in enumerate(self.leaves))
+        return Call(tuple(leaves), self.spec)
+
+    def with_rows(self, num_rows: int) -> list[int]:
+        """Places of the leaves that are tensors of so many rows."""
+        return [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor) and x.ndim > 0 and len(x) == num_rows]
 
 
-def opacus_grad_samples(layer: nn.Module, call: Call, backprops: Tensor) -> GradSamples:
+def opacus_grad_samples(
+    layer: nn.Module, call: Call, backprops: Tensor, of_records: Collection[int] | None = None
+) -> GradSamples:
     """Per-sample gradients by Opacus's rule for the layer's type, or by ``torch.func`` where it has none that is right.
 
     Args:
         layer: The layer.
         call: Its arguments, records first.
         backprops: Gradient of the summed loss at its output, records first.
+        of_records: As in :func:`functorch_grad_samples`.
 
     Returns:
         The gradients.
     """
     sampler = GradSampleHooks.GRAD_SAMPLERS.get(type(layer))
     if sampler is None or not _opacus_is_right(layer, call):
-        return functorch_grad_samples(layer, call, backprops)
+        return functorch_grad_samples(layer, call, backprops, of_records)
     samples: GradSamples = sampler(layer, list(call.tensors), backprops)
     return samples
 
@@ -84,20 +94,27 @@ def _opacus_is_right(layer: nn.Module, call: Call) -> bool:
     return len(call.leaves) == 1
 
 
-def functorch_grad_samples(layer: nn.Module, call: Call, backprops: Tensor) -> GradSamples:
+def functorch_grad_samples(
+    layer: nn.Module, call: Call, backprops: Tensor, of_records: Collection[int] | None = None
+) -> GradSamples:
     """Per-sample gradients by ``vmap`` over the layer's own forward, whatever it computes.
 
     Args:
         layer: A layer whose forward acts on each record alone.
-        call: Its arguments; tensors with as many rows as there are records are taken apart, others are the same for all.
+        call: Its arguments.
         backprops: Gradient of the summed loss at its output, records first.
+        of_records: Places of the leaves that are taken apart by record, others are the same for all; by default, all
+            tensors with as many rows as there are records.
 
     Returns:
         The gradients, of the parameters of submodules as well.
+
+    Raises:
+        MisconfigurationException: If one record alone does not give one row of output.
     """
-    n = len(backprops)
     params = {name: p for name, p in layer.named_parameters() if p.requires_grad}
-    of_records = [i for i, x in enumerate(call.leaves) if isinstance(x, Tensor) and x.ndim > 0 and len(x) == n]
+    if of_records is None:
+        of_records = call.with_rows(len(backprops))
 
     def weighted(values: dict[str, Tensor], one: Inputs, backprop: Tensor) -> Tensor:
         leaves = list(call.leaves)
@@ -105,6 +122,12 @@ def functorch_grad_samples(layer: nn.Module, call: Call, backprops: Tensor) -> G
             leaves[i] = x.unsqueeze(0)
         args, kwargs = tree_unflatten(leaves, call.spec)
         output = torch.func.functional_call(layer, values, args, kwargs)
+        if output.shape != (1, *backprop.shape):  # a product would broadcast
+            raise MisconfigurationException(
+                f"A {type(layer).__name__} made an output of shape {list(output.shape)} of one record, and of "
+                f"{list(backprops.shape)} of the batch: which of its arguments hold one row per record cannot be told. Give "
+                "it the same arguments in each call, with the records in the first dimension."
+            )
         total: Tensor = (output * backprop.unsqueeze(0)).sum()
         return total
 

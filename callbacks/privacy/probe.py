@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -18,67 +20,83 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from groundwire.callbacks.privacy.engine import PerSampleGradients
+from groundwire.callbacks.privacy.sampling import num_records_of, read_records
 from groundwire.callbacks.step import loss_of
 
 _NUM_RECORDS = 4
 _SEEDS = 3
+_READ = 64
+_COLLATIONS = 8
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2}
 _DROPOUTS = (nn.modules.dropout._DropoutNd,)
 
 
 def probe_independence(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, gradients: PerSampleGradients, read: Callable[[], Any]
+    trainer: pl.Trainer, pl_module: pl.LightningModule, gradients: PerSampleGradients, loader: Any
 ) -> None:
     """Run the training step on batches of random records, and compare what the first record's gradient is.
 
     In two batches that share the first record and differ in all others, its gradient must be the same; in a batch of
-    half the size, too, which tells a mean over records from a sum. Callbacks that surround the step take part. Nothing
-    is logged; weights, buffers and metrics are as before. Random records have the shapes, dtypes and ranges of two of
-    the data; nothing else of these is used.
+    half the size, too, which tells a mean over records from a sum. What the step writes into buffers and parameters must
+    not depend on the records. Callbacks that surround the step take part. Nothing is logged; weights, buffers and metrics
+    are as before. Random records have the shapes and dtypes of up to 64 of the data, numbers from their range and
+    integers from those observed at the same place. Of the data themselves nothing is used, but for one question: whether
+    collation leaves a record alone, whatever is beside it. A dataset that mixes records itself cannot be seen.
 
     Args:
         trainer: The Trainer, in training.
         pl_module: The module.
         gradients: Attached to it.
-        read: Reads a collated batch of two records of the training data, on the CPU.
+        loader: The training data, as :func:`~groundwire.callbacks.privacy.sampling.read_records` takes them.
 
     Raises:
-        MisconfigurationException: If gradients depend on other records, or cannot be seen; the message says why, and
-            what to change.
+        MisconfigurationException: If gradients depend on other records, or cannot be seen, or the step fails on random
+            records; the message says why, and what to change.
     """
+    name = type(pl_module).__name__
     with ExitStack() as stack:
         isolated = isolate_rng()
         isolated.__enter__()
         stack.callback(isolated.__exit__, None, None, None)  # it would not put back what it finds after an error
         stack.enter_context(_nothing_kept(pl_module))
-        torch.manual_seed(0)
-        records = read()
-        torch.manual_seed(0)
-        batch = _random_records(records)
-        changed = _with_first_of(batch, _random_records(records))
-        buffers = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
+        _refuse_mixing_collation(loader)
+        num_records = num_records_of(loader)
+        _seed(0)
+        records = read_records(loader, _spread(num_records, min(_READ, num_records)))
         probe = _Probe(trainer, pl_module, gradients)
         try:
+            torch.manual_seed(0)
+            batch, unrelated = _random_records(records), _random_records(records)
+            changed = [_with_first_of(batch, _random_records(records)) for _ in range(_SEEDS)]
+            for size in (batch, _half(batch)):  # the engine learns which arguments of layers hold one row per record
+                probe.loss(size, seed=0)
             # several seeds: what a step draws may happen to leave the first record alone
             firsts = [probe.first_gradient(batch, _NUM_RECORDS, seed) for seed in range(_SEEDS)]
-            others = [probe.first_gradient(changed, _NUM_RECORDS, seed) for seed in range(_SEEDS)]
-            half = probe.first_gradient(_half(batch), _NUM_RECORDS // 2, seed=0)
-            mean, plain = probe.mean_gradient(batch, seed=0), probe.plain_gradient(batch, seed=0)
+            others = [probe.first_gradient(changed[seed], _NUM_RECORDS, seed) for seed in range(_SEEDS)]
+            half, few = probe.first_gradient(_half(batch), _NUM_RECORDS // 2, seed=0), probe.written()
+            _, of_others = probe.mean_gradient(unrelated, seed=0), probe.written()
+            mean, written = probe.mean_gradient(batch, seed=0), probe.written()
+            plain = probe.plain_gradient(batch, seed=0)
             repeated = probe.mean_gradient(batch, seed=0)
-            moved = [name for name, b in pl_module.named_buffers() if not torch.equal(b, buffers[name])]
+        except MisconfigurationException:
+            raise
+        except Exception as error:
+            raise MisconfigurationException(
+                f"{name}.training_step failed on the random records that DPSGD checks it with ({type(error).__name__}: "
+                f"{error}). If it takes the data, it asks more of a record than shapes, dtypes and ranges: "
+                "DPSGD(probe=False) skips this check, at your own risk."
+            ) from error
         finally:
-            with torch.no_grad():
-                for name, buffer in pl_module.named_buffers():
-                    buffer.copy_(buffers[name])
+            probe.restore()
             for p in pl_module.parameters():
                 p.grad = None
             gradients.end()
-    name = type(pl_module).__name__
     tolerance = _tolerance(trainer)
+    moved = _differing(written, of_others) | _differing(written, few)
     if moved:
         raise MisconfigurationException(
-            f"The training step writes statistics of the batch into {', '.join(moved)}, which would be published with "
-            "the weights. Put that layer into evaluation mode, or replace it (BatchNorm by GroupNorm: DPSGD(fix=True))."
+            f"The training step writes statistics of the batch into {', '.join(sorted(moved))}, which would be published with "
+            "the weights. Remove that, or put the layer into evaluation mode."
         )
     if _difference(mean, repeated) > tolerance:
         rank_zero_warn(
@@ -86,13 +104,19 @@ def probe_independence(
             "its own (an attack's random start, say), so it cannot be run twice alike."
         )
         return
+    if not all(_tells(found) for found in (*firsts, *others, half, mean, plain)):
+        rank_zero_warn(
+            f"DPSGD cannot check that records are independent: on random records, gradients of {name}.training_step are "
+            "zero or not finite."
+        )
     coupled = max(_difference(a, b) for a, b in zip(firsts, others, strict=True))
     if coupled > tolerance:
         raise MisconfigurationException(
             f"A record's gradient in {name}.training_step depends on the other records of the batch (relative difference "
             f"{coupled:.2g} on random records), so clipping it does not bound what a record does. Look for BatchNorm in "
-            "training mode (also frozen), mixup, contrastive or in-batch losses, or statistics over the batch. "
-            "DPSGD(probe=False) skips this check, at your own risk."
+            "training mode, class weights or ignored labels under reduction='mean' (torch divides by those of the batch), "
+            "mixup, contrastive or in-batch losses, or statistics over the batch. DPSGD(probe=False) skips this check, at "
+            "your own risk."
         )
     draws = max(_difference(firsts[0], again) for again in firsts[1:]) > tolerance  # a step with draws has no answer
     if not draws and _difference(firsts[0], half) > tolerance:
@@ -125,8 +149,48 @@ def stray_gradient(names: list[str]) -> str:
     )
 
 
+def _refuse_mixing_collation(loader: Any) -> None:
+    """Refuse a collation under which a record is not the same beside others."""
+    collate = getattr(loader, "collate_fn", None)
+    if collate is None or num_records_of(loader) < 2 * _NUM_RECORDS - 1:
+        return
+    _seed(0)
+    record, *others = [loader.dataset[i] for i in _spread(num_records_of(loader), 2 * _NUM_RECORDS - 1)]
+    for seed in range(_COLLATIONS):  # several: mixup permutes at random, and may be done now and then only
+        order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed)).tolist()
+        batches = []
+        for company in (order[: _NUM_RECORDS - 1], order[_NUM_RECORDS - 1 :]):
+            _seed(seed)
+            batch = collate(copy.deepcopy([record, *(others[i] for i in company)]))
+            batches.append([x for x in _tensors(batch) if x.ndim > 0 and len(x) == _NUM_RECORDS])
+        # padding to the longest record of a batch is no mixing: only what has the same shape is compared
+        parts = [(a, b) for a, b in zip(*batches, strict=False) if a.shape == b.shape]
+        rows = range(_NUM_RECORDS)  # the record need not stay the first: collations sort, too
+        if not any(all(_equal(a[i], b[j]) for a, b in parts) for i in rows for j in rows):
+            raise MisconfigurationException(
+                "The collation of the train loader changes a record with the records beside it (mixup or CutMix in "
+                "`collate_fn`, say), so clipping its gradient does not bound what a record does. Remove it, or augment "
+                "each record by itself, in the dataset. DPSGD(probe=False) skips this check, at your own risk."
+            )
+
+
+def _spread(num_records: int, number: int) -> list[int]:
+    """Places of so many records, from the first to the last."""
+    return [int(i) for i in torch.linspace(0, num_records - 1, number, dtype=torch.float64).round()]
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  what datasets and collations draw from
+    torch.manual_seed(seed)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, equal_nan=True))
+
+
 class _Probe:
-    """Runs the module's step on a batch.
+    """Runs the module's step on a batch, each time from the same weights and buffers.
 
     Args:
         trainer: The Trainer.
@@ -138,10 +202,31 @@ class _Probe:
         self.trainer = trainer
         self.module = module
         self.gradients = gradients
+        self._before = [
+            (tensors, name, f"{path}.{name}" if path else name, x, x.detach().clone())
+            for path, layer in module.named_modules()
+            for tensors in (layer._parameters, layer._buffers)
+            for name, x in tensors.items()
+            if x is not None
+        ]
+
+    def written(self) -> dict[str, Tensor]:
+        """What the last run changed, by name."""
+        now = ((name, tensors.get(key), before) for tensors, key, name, _, before in self._before)
+        return {name: x.detach().clone() for name, x, before in now if x is not None and not _identical(x, before)}
+
+    def restore(self) -> None:
+        """Put weights and buffers back."""
+        with torch.no_grad():
+            for tensors, key, _, x, before in self._before:
+                tensors[key] = x
+                if not _identical(x, before):
+                    x.copy_(before)
 
     def loss(self, batch: Any, seed: int) -> Tensor:
         """The loss of the step, with its graph."""
         trainer, module = self.trainer, self.module
+        self.restore()
         torch.manual_seed(seed)
         batch = trainer.precision_plugin.convert_input(batch)
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
@@ -168,10 +253,11 @@ class _Probe:
 
     def plain_gradient(self, batch: Any, seed: int) -> Tensor:
         """The gradient of the loss as autograd alone finds it, flat."""
+        self.gradients.begin()
         with self.gradients.paused():
             loss = self.loss(batch, seed)
-            found = torch.autograd.grad(loss, list(self.gradients.parameters.values()), allow_unused=True)
-        return torch.cat([g.flatten().double().cpu() for g in found if g is not None])
+            loss.backward()  # type: ignore[no-untyped-call]  # not `autograd.grad`, which re-entrant checkpoints refuse
+        return _flat([p.grad for p in self.gradients.parameters.values() if p.grad is not None])
 
     def _weighted(self, batch: Any, weights: Tensor, seed: int) -> Tensor:
         gradients, n = self.gradients, len(weights)
@@ -181,19 +267,33 @@ class _Probe:
         if gradients.engine == "ghost":
             gradients.first_pass(loss)
             self._refuse_unseen()
-            gradients.squared_norms(n)
+            sums = self._sums(weights)
             gradients.second_pass_with(weights, n)
         loss.backward()  # type: ignore[no-untyped-call]
         if gradients.engine == "ghost":
-            sums = {p: p.grad for p in gradients.parameters.values() if p.grad is not None}
+            self._refuse_bypass(sums)
         else:
             self._refuse_unseen()
-            with torch.no_grad():
-                gradients.squared_norms(n)
-                of = gradients.weighted_sum(dict.fromkeys(gradients.parameters.values(), weights), n)
-            sums = {p: of[p] for p in gradients.parameters.values()}
+            sums = self._sums(weights)
         gradients.end()
-        return torch.cat([g.flatten().double().cpu() for g in sums.values()])
+        return _flat(list(sums.values()))
+
+    def _sums(self, weights: Tensor) -> dict[Tensor, Tensor]:
+        """The weighted sums of what the layers reported."""
+        gradients, n = self.gradients, len(weights)
+        with torch.no_grad():
+            gradients.squared_norms(n)
+            sums = gradients.weighted_sum(dict.fromkeys(gradients.parameters.values(), weights), n)
+        return {p: sums[p] for p in gradients.parameters.values()}
+
+    def _refuse_bypass(self, sums: dict[Tensor, Tensor]) -> None:
+        """Refuse (ghost) gradients of the second pass that the layers, and so the norms, know nothing of."""
+        named = self.gradients.parameters
+        found = {p: torch.zeros_like(p) if p.grad is None else p.grad for p in named.values()}
+        off = _tolerance(self.trainer) * float(_flat(list(found.values())).norm())
+        names = [name for name, p in named.items() if float((sums[p] - found[p]).double().norm()) > off]
+        if names:
+            raise MisconfigurationException(stray_gradient(names))
 
     def _refuse_unseen(self) -> None:
         gradients = self.gradients
@@ -212,19 +312,21 @@ def _takes_index(module: pl.LightningModule) -> bool:
 
 
 def _random_records(records: Any) -> Any:
-    """Records of the same shapes and dtypes, in the ranges of those given."""
+    """Records of the same shapes and dtypes, in the ranges of those given; integers are some of theirs."""
 
     def random(x: Tensor) -> Tensor:
         if x.ndim == 0:
             return x
-        low, high = x.min(), x.max()
-        shape = (_NUM_RECORDS, *x.shape[1:])
         if x.is_floating_point():
+            low, high = x.min(), x.max()
             spread = (high - low) if high > low else torch.ones_like(low)
-            return low + spread * torch.rand(shape, dtype=x.dtype)
-        if x.dtype == torch.bool:
-            return torch.rand(shape) < 0.5
-        return torch.randint(int(low), int(high) + 1, shape, dtype=x.dtype)
+            return low + spread * torch.rand((_NUM_RECORDS, *x.shape[1:]), dtype=x.dtype)
+        # each value that is there at a place is as likely as any other, so that rare ones come up
+        ordered = x.sort(0).values
+        is_repeated = torch.zeros_like(ordered, dtype=torch.bool)
+        is_repeated[1:] = ordered[1:] == ordered[:-1]
+        draws = [torch.rand(x.shape).masked_fill_(is_repeated, -1).argmax(0, keepdim=True) for _ in range(_NUM_RECORDS)]
+        return ordered.gather(0, torch.cat(draws))
 
     return apply_to_collection(records, Tensor, random)
 
@@ -248,6 +350,23 @@ def _tensors(batch: Any) -> list[Tensor]:
     found: list[Tensor] = []
     apply_to_collection(batch, Tensor, found.append)
     return found
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([x.detach().flatten().double().cpu() for x in tensors])
+
+
+def _identical(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)
+
+
+def _differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> set[str]:
+    """Names of what two runs left behind differently."""
+    return {name for name in a.keys() | b.keys() if name not in a or name not in b or not _identical(a[name], b[name])}
+
+
+def _tells(gradient: Tensor) -> bool:
+    return bool(torch.isfinite(gradient).all() and gradient.any())
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.combined_loader import _shutdown_workers_and_reset_iterator
@@ -21,37 +22,37 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from groundwire.plugins.random import stream
+from groundwire.plugins.random import secret_stream
 
 _REPLACEABLE = (RandomSampler, SequentialSampler, DistributedSampler)  # samplers that only order a dataset
 
 
-def poisson_sample(num_records: int, sample_rate: float, generator: torch.Generator) -> Tensor:
+def poisson_sample(num_records: int, sample_rate: float, generator: np.random.Generator) -> Tensor:
     """A subset that each of ``num_records`` records joins independently with probability ``sample_rate``.
 
     Args:
         num_records: Records ``N``.
         sample_rate: Probability ``q`` in (0, 1].
-        generator: Where the random numbers come from, on the CPU.
+        generator: Where the random numbers come from.
 
     Returns:
         Indices of the records that join, int64, ascending; there may be none. The work grows with ``q N``, not ``N``.
 
     Example:
-        >>> len(poisson_sample(1000, 0.05, torch.Generator().manual_seed(0)))
-        50
+        >>> len(poisson_sample(1000, 0.05, np.random.default_rng(0)))
+        45
     """
     if sample_rate >= 1:
         return torch.arange(num_records)
     expected = sample_rate * num_records
     found, last = [], -1
     while last < num_records:  # jump from one that joins to the next: gaps between successes are geometric
-        uniform = torch.rand(int(expected + 6 * math.sqrt(expected)) + 8, generator=generator, dtype=torch.float64)
-        gaps = (torch.log1p(-uniform) / math.log1p(-sample_rate)).floor_().add_(1)
-        joined = gaps.clamp_(max=num_records + 1).long().cumsum(0) + last
+        uniform = generator.random(int(expected + 6 * math.sqrt(expected)) + 8)
+        gaps = np.floor(np.log1p(-uniform) / math.log1p(-sample_rate)) + 1
+        joined = np.minimum(gaps, num_records + 1).astype(np.int64).cumsum() + last
         found.append(joined)
         last = int(joined[-1])
-    indices = torch.cat(found)
+    indices = torch.from_numpy(np.concatenate(found))
     return indices[indices < num_records]
 
 
@@ -77,7 +78,7 @@ class PoissonSampler(Sampler[list[int]]):
     Example:
         >>> sampler = PoissonSampler(1000, 50, 2, seed=0, next_batch=lambda: (0, 0))
         >>> len(sampler), sampler.sample_rate, [len(chunk) for chunk in sampler][:4]
-        (40, 0.05, [30, 30, 23, 23])
+        (40, 0.05, [26, 26, 23, 23])
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class PoissonSampler(Sampler[list[int]]):
     def draw(self, step: int) -> Tensor:
         """Indices of the records of a step, over all processes."""
         return poisson_sample(
-            self.num_records, self.sample_rate, stream(self.seed, purpose="privacy/sampling", round=step)
+            self.num_records, self.sample_rate, secret_stream(self.seed, purpose="privacy/sampling", round=step)
         )
 
     def __iter__(self) -> Iterator[list[int]]:

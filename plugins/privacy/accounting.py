@@ -2,26 +2,32 @@
 
 Opacus's accountants do the counting: ``"prv"`` composes privacy loss random variables numerically and is tight to 0.01;
 ``"rdp"`` composes Renyi divergences, is looser and faster; ``"gdp"`` is a central-limit approximation that can be three
-times too small, so it never is the source of a claim.
+times too small, so it never is the source of a claim. Where epsilon by ``"rdp"`` exceeds 50 (numerical composition then
+takes minutes and gigabytes), or delta is below 1e-13 (rounding would dominate), ``"prv"`` counts by ``"rdp"``.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from typing import Literal, get_args
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Literal, get_args
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from opacus.accountants import create_accountant
+from opacus.accountants import PRVAccountant, RDPAccountant
+from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
 from scipy.optimize import brentq
 from scipy.stats import norm
 
 Accounting = Literal["prv", "rdp", "gdp"]
 """The accountants, by Opacus's names."""
 
+_ORDERS = RDPAccountant.DEFAULT_ALPHAS
 _LARGEST_NOISE = 1e3  # a multiplier at which nothing can be learned
 _SMALLEST_NOISE = 0.1  # below, epsilon is in the hundreds
-_SMALLEST_NUMERICAL = 0.4  # below, the numerical accountant takes minutes and gigabytes
+_LARGEST_NUMERICAL = 50.0  # an epsilon above which the numerical accountant takes minutes and gigabytes
+_SMALLEST_DELTA = 1e-13  # below, the numerical accountant's rounding errors dominate
 
 
 class UnreachableBudgetError(ValueError):
@@ -90,7 +96,8 @@ def spent_epsilon(
         sample_rate: Probability with which a unit takes part in a step, in (0, 1].
         steps: Steps (noisy releases), at least 0.
         delta: In (0, 1).
-        accounting: How to count.
+        accounting: How to count. ``"prv"`` counts by ``"rdp"``, which is looser and as valid, where that gives more
+            than 50, and where ``delta`` is below 1e-13.
 
     Returns:
         Epsilon for neighbours that differ by one unit more or less; 0 for no step, ``inf`` without noise.
@@ -128,15 +135,26 @@ def spent_epsilon(
         return gaussian_epsilon(
             sample_rate * math.sqrt(steps * math.expm1(exponent)) if exponent < 600 else math.inf, delta
         )
-    if noise_multiplier < _SMALLEST_NUMERICAL and accounting == "prv":
-        accounting = "rdp"  # looser, and as valid
-    accountant = create_accountant(accounting)
-    accountant.history = [(noise_multiplier, sample_rate, steps)]
-    with (
-        warnings.catch_warnings()
-    ):  # of orders at the edge of the grid (a valid, looser bound), and of the GDP's nature
+    divergences = _renyi_divergences(noise_multiplier, sample_rate) * steps
+    with warnings.catch_warnings():  # of orders at the edge of the grid, which give a valid, looser bound
         warnings.simplefilter("ignore")
-        return max(float(accountant.get_epsilon(delta=delta)), 0.0)
+        loose, _ = get_privacy_spent(orders=_ORDERS, rdp=divergences, delta=delta)
+    if accounting == "rdp" or delta < _SMALLEST_DELTA or not loose <= _LARGEST_NUMERICAL:
+        return max(float(loose), 0.0)
+    return _numerical_epsilon(noise_multiplier, sample_rate, steps, delta)
+
+
+@lru_cache(maxsize=64)
+def _renyi_divergences(noise_multiplier: float, sample_rate: float) -> Any:
+    """Of one step, by order."""
+    return compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=_ORDERS)
+
+
+@lru_cache(maxsize=64)  # calibration and the budget of a run ask the same again
+def _numerical_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
+    accountant = PRVAccountant()
+    accountant.history = [(noise_multiplier, sample_rate, steps)]
+    return max(float(accountant.get_epsilon(delta=delta)), 0.0)
 
 
 def noise_multiplier_for(
@@ -168,32 +186,52 @@ def noise_multiplier_for(
         raise ValueError(f"`steps` must be at least 1, got {steps}.")
 
     def excess(log_sigma: float, how: Accounting) -> float:
-        return spent_epsilon(math.exp(log_sigma), sample_rate, steps, delta, how) - target_epsilon
+        spent = spent_epsilon(math.exp(log_sigma), sample_rate, steps, delta, how)
+        return math.log(spent / target_epsilon) if spent > 0 else -_LARGEST_NOISE
 
     # the fast accountant, which is the looser one, says how much noise is enough; the tight one needs a little less
     high, low = math.log(_LARGEST_NOISE), math.log(_SMALLEST_NOISE)
-    if excess(high, accounting) > 0:
+    if excess(low, "rdp") <= 0:
+        return _SMALLEST_NOISE
+    if excess(high, "rdp") < 0:
+        tolerance = 2e-4 if accounting == "rdp" else 2e-2
+        enough = brentq(excess, low, high, args=("rdp",), xtol=tolerance) + tolerance
+    elif excess(high, accounting) <= 0:
+        enough = high
+    else:
         least = spent_epsilon(_LARGEST_NOISE, sample_rate, steps, delta, accounting)
         raise UnreachableBudgetError(
             f"`target_epsilon` {target_epsilon} cannot be reached: with noise multiplier {_LARGEST_NOISE:.0f}, {steps} "
             f"steps at sample rate {sample_rate:.4g} cost epsilon {least:.4g} at delta {delta:.3g}. Train fewer steps, "
             "with smaller batches, or raise the budget."
         )
-    if excess(low, "rdp") <= 0:
-        return _SMALLEST_NOISE
-    enough = brentq(excess, low, high, args=("rdp",), xtol=2e-4) + 2e-4 if excess(high, "rdp") < 0 else high
     if accounting == "rdp":
         return math.exp(enough)
-    start = enough
-    while start > low and excess(start, accounting) <= 0:  # the tight accountant's root lies a little below
-        enough, start = start, max(start - 0.15, low)
-    while excess(enough, accounting) > 0:  # or, for an approximation, above
-        enough = min(enough + 0.15, high)
-    if start < enough and excess(start, accounting) > 0:
-        enough = brentq(excess, start, enough, args=(accounting,), xtol=5e-4)
-    while excess(enough, accounting) > 0:
-        enough += 2.5e-4
-    return math.exp(enough)
+    return math.exp(_least_within(lambda x: excess(x, accounting), enough, low, high))
+
+
+def _least_within(excess: Callable[[float], float], start: float, low: float, high: float) -> float:
+    """Where a falling function is at most 0, and not 1e-3 further left; it costs much, and is nearly straight."""
+    x, value, slope = start, excess(start), -1.5  # of log epsilon over log noise: between -1 and -2 as a rule
+    for _ in range(8):
+        if value <= 0 and (value >= 8e-4 * slope or x <= low):  # at most so far above the root
+            return x
+        following = min(max(x - value / slope + 4e-4, low), high)
+        if following == x:
+            break
+        found = excess(following)
+        local = (found - value) / (following - x)
+        x, value, slope = following, found, local if local < 0 else slope
+    left, right = x, x  # it is not: halve
+    while value > 0 and right < high:
+        left, right = right, min(right + 0.15, high)
+        value = excess(right)
+    while left > low and excess(left) <= 0:
+        left, right = max(left - 0.15, low), left
+    while right - left > 5e-4:
+        middle = (left + right) / 2
+        left, right = (middle, right) if excess(middle) > 0 else (left, middle)
+    return right
 
 
 def steps_within(
@@ -229,14 +267,27 @@ def steps_within(
     def affordable(steps: int) -> bool:
         return spent_epsilon(noise_multiplier, sample_rate, steps, delta, accounting) <= target_epsilon
 
-    if at_most < 1 or affordable(at_most):
-        return max(at_most, 0)
-    low, high = 0, 1  # doubling first: the cost of a query grows with the steps
-    while high < at_most and affordable(high):
-        low, high = high, min(2 * high, at_most)
+    def loosely(steps: int) -> bool:
+        return spent_epsilon(noise_multiplier, sample_rate, steps, delta, "rdp") <= target_epsilon
+
+    if at_most < 1:
+        return 0
+    if accounting == "rdp":
+        return _last(affordable, at_most)
+    return _last(affordable, at_most, start=max(_last(loosely, at_most), 1), growth=1.25)
+
+
+def _last(holds: Callable[[int], bool], at_most: int, start: int = 1, growth: float = 2.0) -> int:
+    """The largest number up to ``at_most`` that holds, as all below do; never asks far beyond it, which costs more."""
+    low, high = 0, min(start, at_most)
+    while holds(high):
+        low = high
+        if low == at_most:
+            return low
+        high = min(max(int(growth * low), low + 1), at_most)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if affordable(middle) else (low, middle)
+        low, high = (middle, high) if holds(middle) else (low, middle)
     return low
 
 

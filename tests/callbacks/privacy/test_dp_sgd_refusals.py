@@ -82,7 +82,7 @@ def test_no_optimizer() -> None:
 
 
 def test_edge_strategy_names_what_to_use_instead() -> None:
-    refused(Classifier(mlp()), "DPUplink", strategy=EdgeStrategy(num_devices=2))
+    refused(Classifier(mlp()), "DPFedAvg", strategy=EdgeStrategy(num_devices=2))
 
 
 def test_an_optimizer_that_misses_parameters() -> None:
@@ -284,7 +284,7 @@ def test_layers_without_a_right_stand_in_are_refused_even_with_fix(kind: str, he
 def test_frozen_batch_norm_in_training_mode() -> None:
     module = Classifier(mlp(nn.BatchNorm1d(16)))
     module.network[1].requires_grad_(False)
-    refused(module, r"writes statistics of the batch into network\.1\.running_mean.*evaluation mode")
+    refused(module, r"`network\.1` \(BatchNorm1d\) uses or keeps statistics of the batch.*evaluation mode")
 
     class InEvaluation(Classifier):
         def on_train_epoch_start(self) -> None:

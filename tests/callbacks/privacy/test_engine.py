@@ -594,6 +594,73 @@ def test_a_refused_module_is_left_without_hooks() -> None:
     assert traces(net) == before
 
 
+# ---------------------------------------------------------------- arguments that are the same for all records
+
+
+class Masked(nn.Module):
+    """A layer that takes a mask of positions, or one of each record, beside the records."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return (mask * (x @ self.weight @ x.transpose(1, 2))).tanh()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Masked.Layer()
+        self.mask = randn(N, N, seed=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        return self.layer(x, self.mask[:length, :length])
+
+
+@pytest.mark.parametrize("engine", ONE_PASS)
+def test_a_mask_with_as_many_rows_as_records_is_known_from_a_batch_of_another_size(engine: Any) -> None:
+    net, x = seeded(Masked), randn(N, N, 4)
+    want = one_by_one(net, x)["layer.weight"].flatten(1).square().sum(1)
+    gradients = PerSampleGradients(net, engine)
+    with gradients.attached():
+        net(x[:2])  # a forward pass is enough
+        norms, _ = step(gradients, net, x)
+        torch.testing.assert_close(norms["layer.weight"], want)
+        gradients.attach()  # all is forgotten: by its rows alone, the mask looks like records
+        norms, _ = step(gradients, net, x)
+        assert not torch.allclose(norms["layer.weight"], want)
+
+
+def test_an_argument_that_holds_records_now_and_then_is_refused() -> None:
+    class Both(Masked):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x, self.mask[: len(x), :1, None]) if len(x) == N else super().forward(x)
+
+    net, x = seeded(Both), randn(N, 3, 4)
+    gradients = PerSampleGradients(net)
+    with gradients.attached():
+        step(gradients, net, x)
+        net(x[:2])
+        with pytest.raises(MisconfigurationException, match=r"Layer made an output of shape .* one row per record"):
+            step(gradients, net, x)
+
+
+def test_discarding_records_leaves_a_mask_alone() -> None:
+    net, x = seeded(Masked), randn(N, 3, 4)
+    want = one_by_one(net, x)["layer.weight"]
+    x[2, 1, 0] = float("nan")
+    gradients = PerSampleGradients(net)
+    with gradients.attached():
+        gradients.begin()
+        of_squares(net, x).backward()
+        gradients.discard(~torch.isfinite(x).flatten(1).all(1))
+        p = net.layer.weight
+        sums = gradients.weighted_sum({p: WEIGHTS}, N)
+    kept = [i for i in range(N) if i != 2]
+    torch.testing.assert_close(sums[p], torch.einsum("n,n...->...", WEIGHTS[kept], want[kept]))
+
+
 # ---------------------------------------------------------------- records that are not finite, scale, several batches
 
 

@@ -40,8 +40,8 @@ from groundwire.callbacks.privacy.sampling import (
 from groundwire.datamodules import Digits
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def generator(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
 
 
 def sampler(records: int = 100, logical: int = 20, chunks: int = 2, **options: Any) -> PoissonSampler:

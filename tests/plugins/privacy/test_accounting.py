@@ -230,6 +230,72 @@ def test_steps_at_the_edges() -> None:
     assert steps_within(1.0, 5.0, 0.01, 1e-6, at_most=-3) == 0
 
 
+class Asked:
+    """Notes what the numerical accountant is asked, and answers a little below the fast one, as it does."""
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[float, float, int, float]] = []
+
+    def __call__(self, noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
+        self.runs.append((noise_multiplier, sample_rate, steps, delta))
+        return 0.9 * spent_epsilon(noise_multiplier, sample_rate, steps, delta, "rdp")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    asked = Asked()
+    monkeypatch.setattr("groundwire.plugins.privacy.accounting._numerical_epsilon", asked)
+    return asked
+
+
+@pytest.mark.parametrize("at_most", [10**7, 4000])
+def test_steps_of_an_endless_run_are_found_without_asking_far_beyond(asked: Asked, at_most: int) -> None:
+    steps = steps_within(3.0, 2.3, 0.1, 1e-4, at_most)
+    assert (
+        0.9 * spent_epsilon(2.3, 0.1, steps, 1e-4, "rdp") <= 3.0 < 0.9 * spent_epsilon(2.3, 0.1, steps + 1, 1e-4, "rdp")
+    )
+    assert max(run[2] for run in asked.runs) <= 1.3 * steps
+    assert len(asked.runs) <= 12
+
+
+def test_steps_of_an_endless_run_by_the_tight_accountant() -> None:
+    steps = steps_within(3.0, 1.0, 0.01, 1e-5, at_most=10**7)
+    assert spent_epsilon(1.0, 0.01, steps, 1e-5) <= 3.0 < spent_epsilon(1.0, 0.01, steps + 1, 1e-5)
+
+
+@pytest.mark.parametrize(("target", "rate", "steps"), [(3.0, 0.25, 40), (1.0, 0.01, 1000), (8.0, 0.1, 5000)])
+def test_calibration_asks_the_slow_accountant_a_few_times(asked: Asked, target: float, rate: float, steps: int) -> None:
+    sigma = noise_multiplier_for(target, rate, steps, 1e-5)
+    assert asked(sigma, rate, steps, 1e-5) <= target < asked(0.999 * sigma, rate, steps, 1e-5)
+    assert len(asked.runs) - 2 <= 6
+
+
+@pytest.mark.parametrize("target", [46.0, 51.0])
+def test_calibration_where_the_tight_accountant_gives_way(asked: Asked, target: float) -> None:
+    """Epsilon jumps there, from below 50 to above."""
+    sigma = noise_multiplier_for(target, 0.1, 500, 1e-5)
+    assert spent_epsilon(sigma, 0.1, 500, 1e-5) <= target < spent_epsilon(0.998 * sigma, 0.1, 500, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "rate", "steps"), [(0.41, 0.9, 200), (0.41, 0.9, 2000), (0.05, 0.1, 5), (1.0, 0.5, 300)]
+)
+def test_an_epsilon_above_50_is_counted_by_renyi_divergences(
+    asked: Asked, sigma: float, rate: float, steps: int
+) -> None:
+    assert spent_epsilon(sigma, rate, steps, 1e-5) == spent_epsilon(sigma, rate, steps, 1e-5, "rdp") > 50
+    assert not asked.runs
+    assert spent_epsilon(4.0, rate, 20, 1e-5) < spent_epsilon(4.0, rate, 20, 1e-5, "rdp") < 50
+    assert len(asked.runs) == 1
+
+
+@pytest.mark.parametrize("delta", [1e-14, 1e-30, 1e-300])
+def test_a_delta_below_rounding_is_counted_by_renyi_divergences(delta: float) -> None:
+    spent = spent_epsilon(2.0, 0.1, 10, delta)
+    assert spent == spent_epsilon(2.0, 0.1, 10, delta, "rdp")
+    assert spent_epsilon(2.0, 0.1, 10, 1e-13) < spent < math.inf
+
+
 # ---------------------------------------------------------------- bad input
 
 
