@@ -26,6 +26,7 @@ FAMILIES = {  # the overlay that needs no data to be there, and arguments for ep
 }
 NEEDED_HERE = {  # what a recipe for more data needs on the digits
     "dp_film_few_shot": ["--data.train_fraction=1.0"],
+    "rqm": ["--trainer.strategy.uplink.compressor.num_shares=1"],  # rounds of few devices, or of none
     "film_few_shot": ["--data.train_fraction=1.0"],
 }
 UNTRACKED = ("--trainer.logger", "groundwire.callbacks.reporting.MetricsCSV")  # W&B is tested once, elsewhere
