@@ -87,6 +87,12 @@ def seeded() -> Iterator[Callable[[int], None]]:
     torch.set_rng_state(torch_state)
 
 
+@pytest.fixture
+def seed_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after ``seed_everything(0)``, which ``DPSGD(reproducible=True)`` asks for, but without seeding anything."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+
+
 @pytest.fixture(scope="session")
 def robust_net() -> nn.Module:
     """Adversarially trained on the digits; do not change it."""

@@ -38,7 +38,10 @@ from helpers.callbacks import (
 from helpers.edge import CLASSES, FEATURES, Classifier, fit, loader, mlp, trainer, weights
 
 ENGINES = ["bookkeeping", "ghost", "hooks", "functorch"]
-pytestmark = pytest.mark.filterwarnings("ignore:.*[Gg][Dd][Pp]", "ignore:DPSGD with noise_multiplier=0")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*[Gg][Dd][Pp]", "ignore:DPSGD with noise_multiplier=0"),
+    pytest.mark.usefixtures("seed_of_the_run"),
+]
 
 EXACT = {"rtol": 0.0, "atol": 1e-6}
 

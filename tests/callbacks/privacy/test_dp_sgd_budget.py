@@ -20,7 +20,7 @@ from groundwire.plugins.privacy import noise_multiplier_for, spent_epsilon
 from groundwire.plugins.privacy.accounting import UnreachableBudgetError
 from helpers.edge import Classifier, Killed, fit, loader, mlp, trainer, weights
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*[Gg][Dd][Pp]")
+pytestmark = [pytest.mark.filterwarnings("ignore:.*[Gg][Dd][Pp]"), pytest.mark.usefixtures("seed_of_the_run")]
 DELTA = 1e-3
 
 

@@ -14,7 +14,7 @@ from groundwire.plugins.privacy import spent_epsilon
 from helpers.ddp import RankFit, fit_ddp
 from helpers.edge import FEATURES, Classifier, fit, loader, mlp
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*[Gg][Dd][Pp]")
+pytestmark = [pytest.mark.filterwarnings("ignore:.*[Gg][Dd][Pp]"), pytest.mark.usefixtures("seed_of_the_run")]
 dp = partial(DPSGD, accountant="gdp", reproducible=True, target_delta=1e-3)
 
 

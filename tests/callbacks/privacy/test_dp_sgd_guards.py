@@ -28,7 +28,10 @@ from groundwire.plugins.random import stream
 from helpers.callbacks import Evaluated
 from helpers.edge import Classifier, fit, loader, mlp, trainer, weights
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*[Gg][Dd][Pp]", "ignore:DPSGD with noise_multiplier=0")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*[Gg][Dd][Pp]", "ignore:DPSGD with noise_multiplier=0"),
+    pytest.mark.usefixtures("seed_of_the_run"),
+]
 DELTA = 1e-3
 
 

@@ -27,7 +27,7 @@ from groundwire.callbacks.privacy import DPSGD
 from groundwire.plugins.edge import EdgeStrategy
 from helpers.edge import CLASSES, FEATURES, Classifier, fit, loader, mlp, trainer, weights
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*[Gg][Dd][Pp]")
+pytestmark = [pytest.mark.filterwarnings("ignore:.*[Gg][Dd][Pp]"), pytest.mark.usefixtures("seed_of_the_run")]
 
 
 def dp(**options: Any) -> DPSGD:

@@ -24,6 +24,8 @@ from groundwire.plugins.edge import EdgeStrategy
 from helpers.ddp import ddp_trainer, over_ranks, run_ddp
 from helpers.edge import CLASSES, Classifier, Killed, Losses, Stateful, generator, loader, trainer, weights
 
+pytestmark = pytest.mark.usefixtures("seed_of_the_run")
+
 IMAGE = (1, 6, 6)
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from groundwire.callbacks.privacy import DPSGD
 from helpers.edge import CLASSES, FEATURES, Classifier, generator, loader, mlp, trainer, weights
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*[Gg][Dd][Pp]")
+pytestmark = [pytest.mark.filterwarnings("ignore:.*[Gg][Dd][Pp]"), pytest.mark.usefixtures("seed_of_the_run")]
 
 
 def train(module: pl.LightningModule, data: Any = None, **options: Any) -> pl.Trainer:

@@ -39,6 +39,8 @@ from groundwire.plugins.privacy.statement import PrivacyStatement
 from helpers.edge import CLASSES, FEATURES, Classifier, Killed, loader, mlp, trainer, weights
 from helpers.privacy import no_noise
 
+pytestmark = pytest.mark.usefixtures("seed_of_the_run")
+
 LOW = 1e-9  # a learning rate at which nothing is learned
 
 

@@ -22,6 +22,8 @@ from groundwire.plugins.privacy.accounting import gaussian_epsilon
 from helpers.edge import trainer
 from helpers.privacy import clipping_after_averaging, fixed_batches, no_noise
 
+pytestmark = pytest.mark.usefixtures("seed_of_the_run")
+
 CANARIES, DELTA = 1000, 1e-5
 Bug = Callable[[pytest.MonkeyPatch], None]
 Attack = Callable[[Tensor], Tensor]
