@@ -90,7 +90,8 @@ def in_a_trainer(net: nn.Module, steps: int, engine: str | None) -> list[float]:
     clock = Clock()
     callbacks: list[pl.Callback] = [clock]
     if engine is not None:
-        callbacks.insert(0, DPSGD(noise_multiplier=1.0, engine=engine, probe=False, accountant="rdp"))  # type: ignore[arg-type]
+        private = DPSGD(noise_multiplier=1.0, engine=engine, ghost_output="net", probe=False, accountant="rdp")  # type: ignore[arg-type]
+        callbacks.insert(0, private)
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, max_steps=steps + WARM_UP, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=10**9, callbacks=callbacks,

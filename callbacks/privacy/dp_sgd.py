@@ -34,7 +34,7 @@ from groundwire.callbacks.privacy.train_loader import replace_train_loader
 from groundwire.callbacks.step import is_logging_step
 from groundwire.plugins.edge.strategy import CheckpointMismatchError, NonFiniteUpdateError
 from groundwire.plugins.privacy import Accounting, PrivacyStatement, noise_multiplier_for, spent_epsilon, steps_within
-from groundwire.plugins.privacy.accounting import check_accounting, check_delta, check_epsilon, warn_of_gdp
+from groundwire.plugins.privacy.accounting import check_accounting, check_budget, warn_of_delta, warn_of_gdp
 from groundwire.plugins.random import root_seed, secret_stream
 
 _QUERIES = 20  # how often a run asks the accountant, which takes a hundredth to a third of a second
@@ -123,18 +123,7 @@ class DPSGD(pl.Callback):
         fix: bool = False,
         reproducible: bool = False,
     ) -> None:
-        if target_epsilon is None and noise_multiplier is None:
-            raise ValueError("Give `target_epsilon` (a budget) or `noise_multiplier`, or both; got neither.")
-        if target_epsilon is not None:
-            check_epsilon(target_epsilon)
-        if noise_multiplier is not None and not 0 <= noise_multiplier < float("inf"):
-            raise ValueError(f"`noise_multiplier` must be at least 0 and finite, got {noise_multiplier}.")
-        if target_epsilon is not None and noise_multiplier == 0:
-            raise ValueError(
-                f"Without noise no `target_epsilon` can be kept, got {target_epsilon=}, noise_multiplier=0."
-            )
-        if target_delta is not None:
-            check_delta(target_delta)
+        check_budget(target_epsilon, noise_multiplier, target_delta)
         if max_physical_batch_size is not None and max_physical_batch_size < 1:
             raise ValueError(f"`max_physical_batch_size` must be at least 1, got {max_physical_batch_size}.")
         if engine not in ("auto", "bookkeeping", "ghost", "hooks", "functorch"):
@@ -310,11 +299,7 @@ class DPSGD(pl.Callback):
         records = sampler.num_records
         if self.target_delta is None:
             self.target_delta = records**-1.1
-        if self.target_delta >= 1 / records:
-            rank_zero_warn(
-                f"`target_delta` is {self.target_delta:.3g}, not below one over the number of records "
-                f"({1 / records:.3g}): publishing a random record would count as private. Use at most a tenth of that."
-            )
+        warn_of_delta(self.target_delta, records, "records")
         planned = trainer.estimated_stepping_batches
         endless = planned == float("inf")
         if self._restored is not None:

@@ -183,9 +183,9 @@ class LinearMap(LayerGradients, ABC):
     """A layer whose weight gradient is ``sum_t b_t a_t^T`` over ``T`` positions: book-keeping.
 
     With few positions the norm comes from the Gram matrices of the positions, ``sum_ts (a_t.a_s)(b_t.b_s)``, at
-    ``T^2 (d_in + d_out)`` products and ``T^2`` numbers a record; else from the gradients, which cost ``T d_in d_out``
-    and ``d_in d_out`` numbers. These are kept where they are smaller than what was recorded, and otherwise one
-    matrix product makes the weighted sum.
+    ``T^2 (d_in + d_out)`` products in double precision and ``T^2`` numbers a record; else from the gradients, which cost
+    ``T d_in d_out`` and ``d_in d_out`` numbers. These are kept where they are at most four times what was recorded, and
+    otherwise one matrix product makes the weighted sum.
 
     Reference:
         Bu, Wang, Zha, Karypis, "Differentially Private Optimization on Large Model at Small Cost", ICML 2023,
@@ -214,6 +214,16 @@ class LinearMap(LayerGradients, ABC):
         return self.positions()[1].sum(1)
 
     @property
+    def _samples_are_small(self) -> bool:
+        recorded = self.inputs[0].numel() + self.backprops.numel()
+        return len(self.backprops) * self.weight.numel() <= 4 * recorded
+
+    def _gram_is_cheaper(self) -> bool:
+        positions, d_out, entries = self.num_positions, self.weight.shape[0], self.weight.numel()
+        in_time = 2 * positions * (entries // d_out + d_out) < entries  # doubles count twice
+        return in_time or (not self._samples_are_small and 2 * positions**2 < entries)
+
+    @property
     def num_positions(self) -> int:
         """``T``."""
         return self.backprops.shape[1:].numel() // self.weight.shape[0]
@@ -225,14 +235,13 @@ class LinearMap(LayerGradients, ABC):
             if self.num_positions == 1:
                 a, b = self.positions()
                 norms[self.weight] = _squared_norms(a) * _squared_norms(b)
-            elif 2 * self.num_positions**2 < self.weight.numel():
+            elif self._gram_is_cheaper():
                 a, b = self.positions()
                 norms[self.weight] = _gram_norms(a, b)
             else:
                 samples = self.weight_samples()
                 norms[self.weight] = _squared_norms(samples)
-                recorded = self.inputs[0].numel() + self.backprops.numel()
-                self._samples = samples if samples.numel() <= recorded else None
+                self._samples = samples if self._samples_are_small else None
         if self.bias is not None and self.bias.requires_grad:
             norms[self.bias] = _squared_norms(self.summed_backprops())
         return norms

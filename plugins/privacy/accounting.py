@@ -291,6 +291,29 @@ def _last(holds: Callable[[int], bool], at_most: int, start: int = 1, growth: fl
     return low
 
 
+def check_budget(target_epsilon: float | None, noise_multiplier: float | None, target_delta: float | None) -> None:
+    """Refuse a budget and a noise that cannot be kept together.
+
+    Args:
+        target_epsilon: Budget, or None.
+        noise_multiplier: Noise, or None; 0 promises nothing.
+        target_delta: Of the guarantee, or None.
+
+    Raises:
+        ValueError: If budget and noise are both missing or contradict each other, or one is out of range.
+    """
+    if target_epsilon is None and noise_multiplier is None:
+        raise ValueError("Give `target_epsilon` (a budget) or `noise_multiplier`, or both; got neither.")
+    if target_epsilon is not None:
+        check_epsilon(target_epsilon)
+    if noise_multiplier is not None and not 0 <= noise_multiplier < math.inf:
+        raise ValueError(f"`noise_multiplier` must be at least 0 and finite, got {noise_multiplier}.")
+    if target_epsilon is not None and noise_multiplier == 0:
+        raise ValueError(f"Without noise no `target_epsilon` can be kept, got {target_epsilon=}, noise_multiplier=0.")
+    if target_delta is not None:
+        check_delta(target_delta)
+
+
 def check_epsilon(target_epsilon: float) -> None:
     """Refuse a budget that is not a positive number.
 
@@ -330,6 +353,21 @@ def check_accounting(accounting: str) -> None:
     """
     if accounting not in get_args(Accounting):
         raise ValueError(f"The accountant must be one of {', '.join(get_args(Accounting))}, got {accounting!r}.")
+
+
+def warn_of_delta(delta: float, units: int, name: str) -> None:
+    """Say so where a guarantee may fail as often as a single unit is published.
+
+    Args:
+        delta: Of the guarantee.
+        units: How many there are whose data it protects.
+        name: What they are.
+    """
+    if delta >= 1 / units:
+        rank_zero_warn(
+            f"`target_delta` is {delta:.3g}, not below one over the number of {name} ({1 / units:.3g}): publishing all about "
+            "a random one of them would count as private. Use at most a tenth of that."
+        )
 
 
 def warn_of_gdp(accounting: str) -> None:

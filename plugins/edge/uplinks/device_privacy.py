@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from groundwire.plugins.edge.part import Part
 from groundwire.plugins.edge.round import Round
 from groundwire.plugins.privacy import Accounting, PrivacyStatement, noise_multiplier_for, spent_epsilon, steps_within
-from groundwire.plugins.privacy.accounting import check_accounting, check_delta, check_epsilon, warn_of_gdp
+from groundwire.plugins.privacy.accounting import check_accounting, check_budget, warn_of_delta, warn_of_gdp
 
 
 class DevicePrivacy(Part):
@@ -42,18 +42,7 @@ class DevicePrivacy(Part):
         super().__init__()
         if not (clip_norm > 0 and math.isfinite(clip_norm)):
             raise ValueError(f"`clip_norm` must be a positive number, got {clip_norm}.")
-        if target_epsilon is None and noise_multiplier is None:
-            raise ValueError("Give `target_epsilon` (a budget) or `noise_multiplier`, or both; got neither.")
-        if target_epsilon is not None:
-            check_epsilon(target_epsilon)
-        if noise_multiplier is not None and not 0 <= noise_multiplier < math.inf:
-            raise ValueError(f"`noise_multiplier` must be at least 0 and finite, got {noise_multiplier}.")
-        if target_epsilon is not None and noise_multiplier == 0:
-            raise ValueError(
-                f"Without noise no `target_epsilon` can be kept, got {target_epsilon=}, noise_multiplier=0."
-            )
-        if target_delta is not None:
-            check_delta(target_delta)
+        check_budget(target_epsilon, noise_multiplier, target_delta)
         check_accounting(accountant)
         self.clip_norm = clip_norm
         self.target_epsilon = target_epsilon
@@ -76,11 +65,7 @@ class DevicePrivacy(Part):
         """
         warn_of_gdp(self.accountant)
         self._num_devices, self._least_noise, self._affordable = num_devices, least_noise, None
-        if self.delta >= 1 / num_devices:
-            rank_zero_warn(
-                f"`target_delta` is {self.delta:.3g}, not below one over the number of devices ({1 / num_devices:.3g}): "
-                "publishing the data of a random device would count as private. Use at most a tenth of that."
-            )
+        warn_of_delta(self.delta, num_devices, "devices")
 
     def clip(self, rows: Tensor) -> Tensor:
         """Rows ``(M, d)`` scaled down to norm ``clip_norm`` where they are longer; a row that is not finite becomes 0."""

@@ -291,14 +291,15 @@ def never(*_: Any) -> Tensor:
     ("make", "shape", "way"),
     [
         (lambda: nn.Linear(9, 8), (9,), "product"),
-        (lambda: nn.Linear(9, 8), (5, 9), "gram"),  # 2 * 25 < 72
-        (lambda: nn.Linear(9, 8), (6, 9), "kept"),  # 2 * 36 = 72
+        (lambda: nn.Linear(9, 8), (2, 9), "gram"),  # 2 * 2 * (9 + 8) < 72
+        (lambda: nn.Linear(9, 8), (3, 9), "kept"),  # 2 * 3 * (9 + 8) > 72, which is below 4 * 3 * (9 + 8)
         (lambda: nn.Conv2d(3, 4, 5), (3, 5, 5), "product"),
-        (lambda: nn.Conv2d(6, 8, 3), (6, 5, 5), "gram"),  # 9 positions, 432 weights
+        (lambda: nn.Conv2d(8, 16, 5), (8, 7, 7), "gram"),  # 9 positions, 3200 weights, 392 + 144 numbers recorded
         (lambda: nn.Conv2d(2, 3, 3), (2, 5, 5), "kept"),  # 54 weights, 50 + 27 numbers recorded
-        (lambda: nn.Conv2d(8, 8, 5), (8, 9, 9), "recomputed"),  # 1600 weights, 648 + 200 numbers recorded
+        (lambda: nn.Conv2d(8, 8, 5), (8, 9, 9), "forced"),  # 25 positions: patches
+        (lambda: nn.Conv2d(5, 17, 15), (5, 24, 24), "recomputed"),  # 100 positions, 19125 weights, 2880 + 1700 recorded
         (lambda: nn.Conv2d(2, 3, 3, padding=1), (2, 7, 7), "kept"),  # 49 positions: one grouped convolution
-        (lambda: nn.Conv2d(8, 8, 5), (8, 10, 10), "recomputed"),  # 36 positions
+        (lambda: nn.Conv2d(8, 8, 5), (8, 10, 10), "forced"),  # 36 positions: one grouped convolution
         (lambda: nn.Conv2d(8, 8, 5, stride=2, padding=1, dilation=2), (8, 19, 18), "kept"),  # 42 positions
     ],
 )
@@ -311,9 +312,9 @@ def test_every_way_to_a_norm_is_taken_and_right(
     assert kind is not None
     parts = kind(layer, inputs, r)
     assert isinstance(parts, LinearMap)
-    if way == "recomputed" and parts.num_positions == 25:
-        assert parts.weight.numel() > 2 * 25**2  # the Gram matrix is cheaper: force the other branch
-        monkeypatch.setattr(type(parts), "num_positions", property(lambda _: 31))
+    if way == "forced":  # to make the gradients twice
+        monkeypatch.setattr(LinearMap, "_samples_are_small", property(lambda _: False))
+        monkeypatch.setattr(LinearMap, "_gram_is_cheaper", lambda _: False)
     if way in ("product", "gram"):
         monkeypatch.setattr(type(parts), "weight_samples", never)
     if way == "kept":
