@@ -6,11 +6,13 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
+_STATE = slice(24, 24 + 8 * 624)  # the words of the Mersenne Twister in torch's state of a generator on the CPU
 _SHARED = -1  # device id of a draw that all devices and the server make alike
 
 
@@ -66,6 +68,46 @@ def secret_stream(seed: int, *, purpose: str, round: int = 0) -> np.random.Gener
         True
     """
     return np.random.Generator(np.random.Philox(key=_digest(seed, purpose, _SHARED, round, num_bytes=16)))
+
+
+def secret_generator(seed: int, *, purpose: str, round: int = 0, on: torch.device | str = "cpu") -> torch.Generator:
+    """A torch generator of one (seed, purpose, round) that nobody may guess; see :func:`secret_stream`.
+
+    On the CPU all words of its state come from 128 bits, on an accelerator its seed has 64.
+
+    Args:
+        seed: As in :func:`secret_stream`.
+        purpose: As there.
+        round: As there.
+        on: Torch device on which the numbers will be drawn.
+
+    Returns:
+        A fresh generator.
+
+    Raises:
+        RuntimeError: If this version of torch keeps the generator's state in another way.
+
+    Example:
+        >>> torch.rand(2, generator=secret_generator(2**100, purpose="noise")).shape
+        torch.Size([2])
+    """
+    if torch.device(on).type != "cpu":
+        return torch.Generator(on).manual_seed(_digest(seed, purpose, _SHARED, round, num_bytes=8))
+    _check_state()
+    sequence = np.random.SeedSequence(_digest(seed, purpose, _SHARED, round, num_bytes=16))
+    generator = torch.Generator().manual_seed(0)  # before its first number
+    state = generator.get_state()
+    state.numpy()[_STATE].view(np.uint64)[:] = np.random.MT19937(sequence).state["state"]["key"]
+    generator.set_state(state)
+    return generator
+
+
+@lru_cache(1)
+def _check_state() -> None:
+    """The words of a Mersenne Twister lie where they are looked for: those of a seed that NumPy expands alike."""
+    words = torch.Generator().manual_seed(5).get_state().numpy()[_STATE].view(np.uint64)
+    if not np.array_equal(words, np.random.RandomState(5).get_state(legacy=False)["state"]["key"]):
+        raise RuntimeError(f"torch {torch.__version__} keeps its generator's state in another way than was expected.")
 
 
 def _hash(seed: int, purpose: str, device_id: int, round: int) -> int:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -35,7 +34,7 @@ from groundwire.callbacks.step import is_logging_step
 from groundwire.plugins.edge.strategy import CheckpointMismatchError, NonFiniteUpdateError
 from groundwire.plugins.privacy import Accounting, PrivacyStatement, noise_multiplier_for, spent_epsilon, steps_within
 from groundwire.plugins.privacy.accounting import check_accounting, check_budget, warn_of_delta, warn_of_gdp
-from groundwire.plugins.random import root_seed, secret_stream
+from groundwire.plugins.random import root_seed, secret_generator, secret_stream
 
 _QUERIES = 20  # how often a run asks the accountant, which takes a hundredth to a third of a second
 
@@ -701,19 +700,14 @@ class _GaussianNoise:
     def __init__(self, seed: int, purpose: str, step: int) -> None:
         self._seed, self._purpose, self._step = seed, purpose, step
         self._generators: dict[torch.device, torch.Generator] = {}
-        self._on_cpu: np.random.Generator | None = None
 
     def __call__(self, like: Tensor) -> Tensor:
-        if like.device.type == "cpu":
-            if self._on_cpu is None:
-                self._on_cpu = secret_stream(self._seed, purpose=self._purpose, round=self._step)
-            dtype = np.float64 if like.dtype == torch.float64 else np.float32
-            return torch.from_numpy(self._on_cpu.standard_normal(like.numel(), dtype)).view_as(like).to(like.dtype)
         if like.device not in self._generators:
             # devices are counted in the parameters' order: their own indices differ between processes
             purpose = f"{self._purpose}/{len(self._generators)}"
-            key = secret_stream(self._seed, purpose=purpose, round=self._step).integers(2**64, dtype=np.uint64)
-            self._generators[like.device] = torch.Generator(like.device).manual_seed(int(key))
+            self._generators[like.device] = secret_generator(
+                self._seed, purpose=purpose, round=self._step, on=like.device
+            )
         return torch.randn(like.shape, generator=self._generators[like.device], dtype=like.dtype, device=like.device)
 
 

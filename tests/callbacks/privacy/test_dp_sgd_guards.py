@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 import warnings
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from groundwire.callbacks.privacy.dp_sgd import _GaussianNoise
 from groundwire.callbacks.privacy.sampling import PoissonSampler
 from groundwire.plugins.edge.strategy import CheckpointMismatchError
 from groundwire.plugins.privacy import spent_epsilon
-from groundwire.plugins.random import stream
+from groundwire.plugins.random import secret_generator, stream
 from helpers.callbacks import Evaluated
 from helpers.edge import Classifier, fit, loader, mlp, trainer, weights
 
@@ -446,3 +447,12 @@ class BackwardOfItsOwn(pl.Callback):
 def test_a_backward_pass_outside_of_a_step_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match=r"outside of a training step.*torch\.autograd\.grad"):
         fit("auto", sgd(), callbacks=[dp(), BackwardOfItsOwn()])
+
+
+def test_all_words_of_the_noise_s_generator_come_from_128_bits() -> None:
+    """Its numbers are those of NumPy's Mersenne Twister in the same state, which a seed of 32 bits would not reach."""
+    digest = int.from_bytes(blake2b(f"{1 << 120}/noise/-1/3".encode(), digest_size=16).digest(), "big")
+    raw = np.random.MT19937(np.random.SeedSequence(digest)).random_raw(1001)[1:]  # NumPy begins at the last word
+    generator = secret_generator(1 << 120, purpose="noise", round=3)
+    drawn = torch.empty(1000, dtype=torch.int64).random_(0, 1 << 31, generator=generator)
+    assert drawn.tolist() == [int(word) % (1 << 31) for word in raw]
