@@ -454,5 +454,5 @@ def test_all_words_of_the_noise_s_generator_come_from_128_bits() -> None:
     digest = int.from_bytes(blake2b(f"{1 << 120}/noise/-1/3".encode(), digest_size=16).digest(), "big")
     raw = np.random.MT19937(np.random.SeedSequence(digest)).random_raw(1001)[1:]  # NumPy begins at the last word
     generator = secret_generator(1 << 120, purpose="noise", round=3)
-    drawn = torch.empty(1000, dtype=torch.int64).random_(0, 1 << 31, generator=generator)
+    drawn = torch.empty(1000, dtype=torch.int32).random_(generator=generator)
     assert drawn.tolist() == [int(word) % (1 << 31) for word in raw]
