@@ -20,7 +20,13 @@ from groundwire.callbacks.privacy.clipping import ClippingName, make_clipping
 from groundwire.callbacks.privacy.engine import EngineName, PerSampleGradients
 from groundwire.callbacks.privacy.fixes import fix_layers
 from groundwire.callbacks.privacy.probe import probe_independence, stray_gradient
-from groundwire.callbacks.privacy.refusals import refuse_layers, refuse_optimizer, refuse_trainer
+from groundwire.callbacks.privacy.refusals import (
+    refuse_layers,
+    refuse_optimizer,
+    refuse_rounding,
+    refuse_trainer,
+    warn_of_raw_metrics,
+)
 from groundwire.callbacks.privacy.sampling import (
     PoissonLoader,
     PoissonSampler,
@@ -179,7 +185,7 @@ class DPSGD(pl.Callback):
             return
         self._put_back()
         refuse_trainer(trainer, pl_module, self)
-        self._refuse_rounding(trainer)
+        refuse_rounding(trainer, self.engine)
         warn_of_gdp(self.accountant)
         if self.fix:
             fix_layers(pl_module)
@@ -196,13 +202,6 @@ class DPSGD(pl.Callback):
             replace_train_loader(trainer, lambda loader: self._private_loader(trainer, accumulated, loader)),
             lambda: setattr(trainer, "accumulate_grad_batches", accumulated),
         ]
-
-    def _refuse_rounding(self, trainer: pl.Trainer) -> None:
-        if self.engine == "ghost" and trainer.precision in ("bf16-mixed", "bf16-true", "16-true"):
-            raise MisconfigurationException(
-                f"engine='ghost' weighs the records in the precision of the backward pass: with precision="
-                f"{trainer.precision!r} a record may exceed `max_grad_norm`. Use engine='bookkeeping', or '32-true'."
-            )
 
     def _note_earlier_run(self, pl_module: pl.LightningModule) -> None:
         """Keep what earlier runs on this module spent, as a run that starts anew is about to forget it."""
@@ -275,7 +274,7 @@ class DPSGD(pl.Callback):
         self._clipping.num_parameters = len(self._gradients.parameters)
         refuse_optimizer(trainer, self._gradients.parameters)
         self._refuse_default_seed()
-        _warn_of_raw_metrics(trainer)
+        warn_of_raw_metrics(trainer)
         self._settle_privacy(trainer, sampler)
         self._trained = weakref.ref(pl_module)
         if isinstance(trainer.strategy, DDPStrategy):  # its all-reduce of gradients that are thrown away
@@ -490,7 +489,8 @@ class DPSGD(pl.Callback):
         norms, weights = self._norms_and_weights()
         if not norms:
             return {}
-        broken = ~torch.isfinite(torch.stack([norm.to("cpu") for norm in norms.values()]).sum(0))
+        on = next(iter(norms.values())).device
+        broken = ~torch.isfinite(torch.stack([norm.to(on) for norm in norms.values()]).sum(0))
         if bool(broken.any()):
             gradients.discard(broken)
         return gradients.weighted_sum(weights, max(self._size, 1), self._num_chunks)
@@ -709,22 +709,6 @@ class _GaussianNoise:
                 self._seed, purpose=purpose, round=self._step, on=like.device
             )
         return torch.randn(like.shape, generator=self._generators[like.device], dtype=like.dtype, device=like.device)
-
-
-def _warn_of_raw_metrics(trainer: pl.Trainer) -> None:
-    """Warn of what makes the weights depend on metrics of the raw training data."""
-    for config in trainer.lr_scheduler_configs:
-        if config.reduce_on_plateau and not str(config.monitor).startswith(("val", "test")):
-            rank_zero_warn(
-                f"ReduceLROnPlateau monitors {config.monitor!r}: if that is computed on training batches, the weights depend "
-                "on the raw data, which the guarantee does not cover. Monitor a metric of other data, or use a schedule."
-            )
-    for callback in trainer.early_stopping_callbacks:
-        if callback.monitor.startswith("train"):
-            rank_zero_warn(
-                f"EarlyStopping monitors {callback.monitor!r}: when the run ends depends on the raw training data, which "
-                "the guarantee does not cover. Monitor a metric of other data."
-            )
 
 
 def _all_reduce(tensors: list[Tensor]) -> None:

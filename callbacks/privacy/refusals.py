@@ -138,3 +138,40 @@ def refuse_optimizer(trainer: pl.Trainer, parameters: dict[str, Tensor]) -> None
             f"The optimizer trains {len(stepped - known)} tensors that are no parameters of the LightningModule, so "
             "their gradients cannot be made private. Register them on the module."
         )
+
+
+def refuse_rounding(trainer: pl.Trainer, engine: str) -> None:
+    """Refuse ghost clipping in a precision that rounds the records' weights.
+
+    Args:
+        trainer: The Trainer.
+        engine: That of :class:`PerSampleGradients`.
+
+    Raises:
+        MisconfigurationException: If it does.
+    """
+    if engine == "ghost" and trainer.precision in ("bf16-mixed", "bf16-true", "16-true"):
+        raise MisconfigurationException(
+            f"engine='ghost' weighs the records in the precision of the backward pass: with precision="
+            f"{trainer.precision!r} a record may exceed `max_grad_norm`. Use engine='bookkeeping', or '32-true'."
+        )
+
+
+def warn_of_raw_metrics(trainer: pl.Trainer) -> None:
+    """Warn of what makes the weights depend on metrics of the raw training data.
+
+    Args:
+        trainer: The Trainer.
+    """
+    for config in trainer.lr_scheduler_configs:
+        if config.reduce_on_plateau and not str(config.monitor).startswith(("val", "test")):
+            rank_zero_warn(
+                f"ReduceLROnPlateau monitors {config.monitor!r}: if that is computed on training batches, the weights depend "
+                "on the raw data, which the guarantee does not cover. Monitor a metric of other data, or use a schedule."
+            )
+    for callback in trainer.early_stopping_callbacks:
+        if callback.monitor.startswith("train"):
+            rank_zero_warn(
+                f"EarlyStopping monitors {callback.monitor!r}: when the run ends depends on the raw training data, which "
+                "the guarantee does not cover. Monitor a metric of other data."
+            )

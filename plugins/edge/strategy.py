@@ -260,7 +260,7 @@ class EdgeStrategy(SingleDeviceStrategy):
         if module.trainer.accumulate_grad_batches != 1:  # a callback may have changed it since setup
             self._refuse_accumulation(module.trainer)
         devices = batch if isinstance(batch, DeviceBatch) else DeviceBatch.split(batch, self.num_devices)
-        devices, plan, is_empty = self._plan(devices)
+        devices, plan = self._plan(devices)
 
         received_model = None
         if not self.downlink.exact:
@@ -274,7 +274,7 @@ class EdgeStrategy(SingleDeviceStrategy):
                 "GroupNorm."
             )
         with torch.no_grad():
-            if is_empty:
+            if plan.is_empty:
                 updates.rows.zero_()
             if self.uplink.promises_privacy:  # a device that could end the run, or be missed, would be told from others
                 broken = ~torch.isfinite(updates.rows).all(dim=1)
@@ -291,12 +291,12 @@ class EdgeStrategy(SingleDeviceStrategy):
                     f"{type(self.aggregator).__name__}). The weights were not changed."
                 )
             loss = updates.losses @ plan.weights.to(updates.losses.dtype)
-            if updates.buffers is not None and not is_empty:
+            if updates.buffers is not None and not plan.is_empty:
                 updates.buffers.write(kept, plan.weights)
         downlink_cost = self.downlink.cost(layout.numel, plan)
         metrics = dict(received.metrics)
         if self.scheduler.sample_rate is not None and self.scheduler.sample_rate < 1:
-            metrics["round/empty"] = float(is_empty)
+            metrics["round/empty"] = float(plan.is_empty)
         if self.on_nonfinite == "drop":
             metrics["round/dropped_devices"] = len(devices) - len(plan.devices)
         sizes = [devices.batch_size] * len(devices) if devices.lengths is None else devices.lengths.tolist()
@@ -320,7 +320,7 @@ class EdgeStrategy(SingleDeviceStrategy):
         received: Received = self.uplink(rows, plan)
         return received
 
-    def _plan(self, batch: DeviceBatch) -> tuple[DeviceBatch, Round, bool]:
+    def _plan(self, batch: DeviceBatch) -> tuple[DeviceBatch, Round]:
         largest = int(batch.device_ids.max())
         if largest >= self.num_devices:
             raise ValueError(
@@ -348,7 +348,7 @@ class EdgeStrategy(SingleDeviceStrategy):
             sample_rate=sample_rate,
             is_empty=is_empty,
         )
-        return batch, plan, is_empty
+        return batch, plan
 
     def _only_finite(self, updates: DeviceUpdates, plan: Round) -> tuple[DeviceUpdates, Round, list[int]]:
         finite = torch.isfinite(updates.rows.sum(dim=1))  # one pass: NaN and infinity survive a sum

@@ -1,6 +1,11 @@
-"""Bugs to plant in DP-SGD: each puts a wrong method in place of a public one of a part, and what is claimed stays."""
+"""An exact epsilon, and bugs to plant in DP-SGD.
+
+Each bug puts a wrong method in place of a public one of a part, and what is claimed stays.
+"""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -8,6 +13,17 @@ from torch import Tensor
 
 from groundwire.callbacks.privacy.clipping import AdaptiveClipping, Clipping, FlatClipping, Norms
 from groundwire.callbacks.privacy.sampling import PoissonSampler
+
+
+def gaussian_epsilon(sigma: float, releases: int, delta: float) -> float:
+    """Exact for full participation: T releases are one of ``sigma / sqrt(T)``; Balle and Wang's delta, bisected."""
+    mu, phi = math.sqrt(releases) / sigma, lambda x: math.erfc(-x / math.sqrt(2)) / 2
+    low, high = 0.0, 500.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        above = phi(mu / 2 - middle / mu) - math.exp(middle) * phi(-mu / 2 - middle / mu) > delta
+        low, high = (middle, high) if above else (low, middle)
+    return high
 
 
 def no_noise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ from groundwire.plugins.edge import (
     Uplink,
 )
 from groundwire.plugins.privacy import UnreachableBudgetError
+from helpers.privacy import gaussian_epsilon
 from helpers.uplinks import check_uplink, plan, ready, updates
 
 UPLINKS: dict[str, tuple[Any, dict[str, bool]]] = {
@@ -255,17 +256,6 @@ def test_rounds_without_the_devices_noise_have_to_be_negligible_beside_delta(pop
 
 
 # ---------------------------------------------------------------- accounting
-
-
-def gaussian_epsilon(sigma: float, releases: int, delta: float) -> float:
-    """Exact for full participation: T releases are one of ``sigma / sqrt(T)``; Balle and Wang's delta, bisected."""
-    mu, phi = math.sqrt(releases) / sigma, lambda x: math.erfc(-x / math.sqrt(2)) / 2
-    low, high = 0.0, 500.0
-    for _ in range(100):
-        middle = (low + high) / 2
-        above = phi(mu / 2 - middle / mu) - math.exp(middle) * phi(-mu / 2 - middle / mu) > delta
-        low, high = (middle, high) if above else (low, middle)
-    return high
 
 
 def spent(build: Any, rounds: int, rate: float = 1.0, devices: int = 50) -> float:

@@ -37,19 +37,9 @@ from helpers.edge import (
     trainer,
     weights,
 )
+from helpers.privacy import gaussian_epsilon
 
 DELTA = 1e-3
-
-
-def exact_epsilon(sigma: float, releases: int) -> float:
-    """For devices that all take part: Balle and Wang's delta of one Gaussian, bisected."""
-    mu, phi = math.sqrt(releases) / sigma, lambda x: math.erfc(-x / math.sqrt(2)) / 2
-    low, high = 0.0, 500.0
-    for _ in range(100):
-        middle = (low + high) / 2
-        above = phi(mu / 2 - middle / mu) - math.exp(middle) * phi(-mu / 2 - middle / mu) > DELTA
-        low, high = (middle, high) if above else (low, middle)
-    return high
 
 
 class Logged(pl.Callback):
@@ -99,7 +89,7 @@ def test_epsilon_is_logged_in_every_round_and_is_what_was_spent(build: Any) -> N
     logged = Logged("privacy/epsilon")
     strategy = private(build(1.0, noise_multiplier=3.0, target_delta=DELTA))
     fit(strategy, callbacks=[logged], log_every_n_steps=1)
-    expected = [exact_epsilon(3.0, t) for t in range(1, 7)]
+    expected = [gaussian_epsilon(3.0, t, DELTA) for t in range(1, 7)]
     assert logged.values["privacy/epsilon"] == pytest.approx(expected, rel=1e-5)
     spent = strategy.privacy_spent()
     assert spent is not None
@@ -119,7 +109,7 @@ def test_coins_cost_less_and_epsilon_still_grows() -> None:
     )
     values = logged.values["privacy/epsilon"]
     assert all(a < b for a, b in pairwise(values))
-    assert values[-1] < 0.9 * exact_epsilon(4.0, 6)
+    assert values[-1] < 0.9 * gaussian_epsilon(4.0, 6, DELTA)
 
 
 def test_an_uplink_without_privacy_claims_none() -> None:
@@ -224,11 +214,11 @@ def test_a_planned_run_spends_its_budget(build: Any, rate: float | None) -> None
 
 @pytest.mark.parametrize("build", [DPFedAvg, DPOverTheAir])
 def test_training_stops_before_the_round_that_would_exceed_the_budget(build: Any) -> None:
-    assert exact_epsilon(2.0, 3) < 3.0 < exact_epsilon(2.0, 4)
+    assert gaussian_epsilon(2.0, 3, DELTA) < 3.0 < gaussian_epsilon(2.0, 4, DELTA)
     strategy = private(build(1.0, target_epsilon=3.0, noise_multiplier=2.0, target_delta=DELTA))
     _, t, _ = fit(strategy)
     assert t.global_step == strategy.round_index == 3
-    assert strategy.privacy_spent().epsilon == pytest.approx(exact_epsilon(2.0, 3), rel=1e-5)
+    assert strategy.privacy_spent().epsilon == pytest.approx(gaussian_epsilon(2.0, 3, DELTA), rel=1e-5)
 
 
 def test_a_trainer_that_does_not_stop_is_stopped() -> None:
