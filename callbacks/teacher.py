@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from groundwire.callbacks.logits import logits_in
-from groundwire.callbacks.weights import find_checkpoint, load_weights
+from groundwire.callbacks.weights import find_checkpoint, fingerprint, load_weights
 
 
 class Teacher:
@@ -113,11 +112,7 @@ class Teacher:
     def fingerprint(self) -> str:
         """SHA-256 of the weights, which stand in for them in the student's checkpoints."""
         assert self.module is not None
-        digest = hashlib.sha256()
-        for name, value in self.module.state_dict().items():
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self.module.state_dict())
 
 
 def _floating_dtype(module: nn.Module) -> torch.dtype | None:

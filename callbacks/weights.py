@@ -1,13 +1,19 @@
-"""Trained weights from a Lightning checkpoint."""
+"""Trained weights: from a Lightning checkpoint, told apart, copied."""
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -35,6 +41,31 @@ def find_checkpoint(path: str | Path) -> Path:
     return max(found, key=lambda file: (file.stat().st_mtime, str(file)))
 
 
+def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
+    """What a checkpoint holds, on the CPU.
+
+    Args:
+        path: As for :func:`find_checkpoint`.
+        mmap: Leave tensors in the file until they are used.
+
+    Returns:
+        Its content.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it holds more than tensors and plain values.
+    """
+    file = find_checkpoint(path)
+    try:
+        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} holds more than tensors and plain values, which is not read for safety: {error}. Load it yourself, "
+            "and pass the network with its weights."
+        ) from error
+    return content
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The module's state in a Lightning checkpoint, on the CPU.
 
@@ -49,13 +80,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         ValueError: If the file holds no module's state.
     """
     file = find_checkpoint(path)
-    try:
-        checkpoint: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file} holds more than tensors and plain values, which is not read for safety: {error}. Load it yourself, "
-            "and pass the network with its weights."
-        ) from error
+    checkpoint = read_checkpoint(file)
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict):
         raise ValueError(f"{file} is no Lightning checkpoint: it has no `state_dict`.")  # noqa: TRY004  the file is wrong, not a type
@@ -92,3 +117,37 @@ def load_weights(module: nn.Module, path: str | Path) -> Path:
         )
     module.load_state_dict(state)
     return file
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a module's state, by which weights are told apart.
+
+    Args:
+        state: Tensors by name, as ``module.state_dict()``.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for name, value in state.items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def copy_of(module: Module) -> Module:
+    """A copy of a module, without the Trainer of a LightningModule, which would be copied with it.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        The copy.
+    """
+    if not isinstance(module, pl.LightningModule):
+        return copy.deepcopy(module)
+    trainer, module._trainer = module._trainer, None
+    try:
+        return copy.deepcopy(module)
+    finally:
+        module._trainer = trainer

@@ -1,23 +1,35 @@
 """Real data, split over devices."""
 
-from groundwire.datamodules.base import ResumableDataModule, ResumableLoader, TensorClassification, TensorLoader
+from groundwire.datamodules.base import (
+    ResumableDataModule,
+    ResumableLoader,
+    TensorClassification,
+    TensorDataModule,
+    TensorLoader,
+)
+from groundwire.datamodules.descriptions import DatasetDescriptions
 from groundwire.datamodules.digits import Digits
 from groundwire.datamodules.fashion_mnist import DatasetMissingError, FashionMNIST
 from groundwire.datamodules.federated import Federated, RoundLoader
+from groundwire.datamodules.forget_retain import ForgetRetain, ForgetRetainLoader
 from groundwire.datamodules.partition import Partition, PartitionError
 from groundwire.datamodules.plots import plot_partition
 
 __all__ = [
+    "DatasetDescriptions",
     "DatasetMissingError",
     "Digits",
     "FashionMNIST",
     "Federated",
+    "ForgetRetain",
+    "ForgetRetainLoader",
     "Partition",
     "PartitionError",
     "ResumableDataModule",
     "ResumableLoader",
     "RoundLoader",
     "TensorClassification",
+    "TensorDataModule",
     "TensorLoader",
     "plot_partition",
 ]

@@ -17,7 +17,7 @@ from groundwire.plugins.random import root_seed, stream
 
 Batch = TypeVar("Batch")
 Split = tuple[Tensor, Tensor]
-"""Inputs ``(n, ...)``, float32, and labels ``(n,)``, int64."""
+"""Inputs ``(n, ...)`` and targets ``(n, ...)``; of classification, float32 and labels ``(n,)``, int64."""
 OmitIn = Literal["train", "all"]
 """Which splits lack the classes of ``omit_classes``."""
 
@@ -179,58 +179,29 @@ class TensorLoader(ResumableLoader[Split]):
         return self.split[0][rows], self.split[1][rows]
 
 
-class TensorClassification(ResumableDataModule, ABC):
-    """Classification data that fits into memory: each split is one pair of tensors.
+class TensorDataModule(ResumableDataModule, ABC):
+    """Data that fits into memory: each split is one pair of tensors.
 
-    Subclasses write :meth:`load`, and set ``num_classes`` as a class attribute. Training batches are shuffled by the
-    seed and the epoch, so that a resumed run sees the order that an uninterrupted one does.
-
-    The training split can be made few-shot or zero-shot; validation and test data keep all samples. The subset depends
-    on the seed alone, keeps the order of the samples, and for one seed a smaller fraction is part of a larger one.
+    Subclasses write :meth:`load`. Training batches are shuffled by the seed and the epoch, so that a resumed run sees
+    the order that an uninterrupted one does; a checkpoint of another seed brings its splits with it, unless this
+    datamodule was given a seed.
 
     Args:
         batch_size: Samples a batch, in all splits.
         seed: Root seed of splits and order; by default that of ``seed_everything``, else 0.
         drop_last: Leave out a last training batch that is smaller, for strategies that split a batch evenly.
-        train_fraction: Share of the training samples of every class to keep, in (0, 1]; rounded, at least one a class.
-        omit_classes: Classes without a training sample, each in ``[0, num_classes)``; None for no such class.
-        omit_in: ``"train"`` leaves validation and test data as they are, ``"all"`` omits the classes there, too.
 
     Raises:
-        ValueError: If ``batch_size`` is below 1, ``train_fraction`` or a class is out of range, or no class remains;
-            at setup, if no training sample remains.
+        ValueError: If ``batch_size`` is below 1.
     """
 
-    num_classes: int
-    input_shape: tuple[int, ...]
-
-    def __init__(
-        self,
-        batch_size: int,
-        seed: int | None,
-        drop_last: bool,
-        train_fraction: float = 1.0,
-        omit_classes: list[int] | None = None,
-        omit_in: OmitIn = "train",
-    ) -> None:
+    def __init__(self, batch_size: int, seed: int | None, drop_last: bool) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-        if not 0 < train_fraction <= 1:
-            raise ValueError(
-                f"`train_fraction` must be in (0, 1], got {train_fraction}: give the share of the training samples to "
-                "keep, such as 0.1; 1.0 keeps all."
-            )
-        if omit_classes:
-            self._check_omitted(omit_classes)
-        if omit_in not in ("train", "all"):
-            raise ValueError(f"`omit_in` must be 'train' or 'all', got {omit_in!r}.")
         self.batch_size = batch_size
         self.seed = seed
         self.drop_last = drop_last
-        self.train_fraction = train_fraction
-        self.omit_classes = omit_classes
-        self.omit_in = omit_in
         self.train_data: Split
         self.val_data: Split
         self.test_data: Split
@@ -248,49 +219,13 @@ class TensorClassification(ResumableDataModule, ABC):
             self._load(root_seed(self.seed))
 
     def _load(self, seed: int) -> None:
-        train, self.val_data, self.test_data = self.load(seed)
-        self.train_data = self._reduced(train, seed)
-        if self.omit_in == "all":
-            self.val_data, self.test_data = self._without_omitted(self.val_data), self._without_omitted(self.test_data)
+        self.train_data, self.val_data, self.test_data = self._selected(self.load(seed), seed)
         self._loaded_seed = seed
         self._is_ready = True
 
-    def _check_omitted(self, omitted: list[int]) -> None:
-        wrong = sorted({label for label in omitted if not 0 <= label < self.num_classes})
-        if wrong:
-            raise ValueError(
-                f"`omit_classes` must be in [0, {self.num_classes}), got {omitted}: leave out "
-                f"{', '.join(map(str, wrong))}."
-            )
-        if len(set(omitted)) == self.num_classes:
-            raise ValueError(
-                f"`omit_classes` names all {self.num_classes} classes, got {omitted}: leave at least one to train on."
-            )
-
-    def _reduced(self, split: Split, seed: int) -> Split:
-        """What ``train_fraction`` and ``omit_classes`` leave of the training data, in its order."""
-        if self.train_fraction == 1 and not self.omit_classes:
-            return split
-        x, y = split
-        keep = self._not_omitted(y)
-        if self.train_fraction < 1:
-            order = torch.randperm(len(y), generator=stream(seed, purpose="data/few_shot"))
-            for label in range(self.num_classes):
-                of_class = order[y[order] == label]
-                keep[of_class[max(1, round(self.train_fraction * len(of_class))) :]] = False
-        if not keep.any():
-            raise ValueError(
-                f"No training sample remains without the classes {self.omit_classes}: omit fewer of them, or load more "
-                f"than {len(y)} samples."
-            )
-        return x[keep], y[keep]
-
-    def _not_omitted(self, labels: Tensor) -> Tensor:
-        return ~torch.isin(labels, torch.tensor(self.omit_classes or [], dtype=torch.int64))
-
-    def _without_omitted(self, split: Split) -> Split:
-        keep = self._not_omitted(split[1])
-        return split[0][keep], split[1][keep]
+    def _selected(self, splits: tuple[Split, Split, Split], seed: int) -> tuple[Split, Split, Split]:
+        """What is used of the loaded data: all of it."""
+        return splits
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -338,6 +273,98 @@ class TensorClassification(ResumableDataModule, ABC):
             rank=rank,
             num_ranks=num_ranks,
         )
+
+
+class TensorClassification(TensorDataModule):
+    """Classification data that fits into memory: each split is one pair of tensors.
+
+    Subclasses write :meth:`load`, and set ``num_classes`` as a class attribute.
+
+    The training split can be made few-shot or zero-shot; validation and test data keep all samples. The subset depends
+    on the seed alone, keeps the order of the samples, and for one seed a smaller fraction is part of a larger one.
+
+    Args:
+        batch_size: Samples a batch, in all splits.
+        seed: Root seed of splits and order; by default that of ``seed_everything``, else 0.
+        drop_last: Leave out a last training batch that is smaller, for strategies that split a batch evenly.
+        train_fraction: Share of the training samples of every class to keep, in (0, 1]; rounded, at least one a class.
+        omit_classes: Classes without a training sample, each in ``[0, num_classes)``; None for no such class.
+        omit_in: ``"train"`` leaves validation and test data as they are, ``"all"`` omits the classes there, too.
+
+    Raises:
+        ValueError: If ``batch_size`` is below 1, ``train_fraction`` or a class is out of range, or no class remains;
+            at setup, if no training sample remains.
+    """
+
+    num_classes: int
+    input_shape: tuple[int, ...]
+
+    def __init__(
+        self,
+        batch_size: int,
+        seed: int | None,
+        drop_last: bool,
+        train_fraction: float = 1.0,
+        omit_classes: list[int] | None = None,
+        omit_in: OmitIn = "train",
+    ) -> None:
+        super().__init__(batch_size, seed, drop_last)
+        if not 0 < train_fraction <= 1:
+            raise ValueError(
+                f"`train_fraction` must be in (0, 1], got {train_fraction}: give the share of the training samples to "
+                "keep, such as 0.1; 1.0 keeps all."
+            )
+        if omit_classes:
+            self._check_omitted(omit_classes)
+        if omit_in not in ("train", "all"):
+            raise ValueError(f"`omit_in` must be 'train' or 'all', got {omit_in!r}.")
+        self.train_fraction = train_fraction
+        self.omit_classes = omit_classes
+        self.omit_in = omit_in
+
+    @override
+    def _selected(self, splits: tuple[Split, Split, Split], seed: int) -> tuple[Split, Split, Split]:
+        train, val, test = splits
+        if self.omit_in == "all":
+            val, test = self._without_omitted(val), self._without_omitted(test)
+        return self._reduced(train, seed), val, test
+
+    def _check_omitted(self, omitted: list[int]) -> None:
+        wrong = sorted({label for label in omitted if not 0 <= label < self.num_classes})
+        if wrong:
+            raise ValueError(
+                f"`omit_classes` must be in [0, {self.num_classes}), got {omitted}: leave out "
+                f"{', '.join(map(str, wrong))}."
+            )
+        if len(set(omitted)) == self.num_classes:
+            raise ValueError(
+                f"`omit_classes` names all {self.num_classes} classes, got {omitted}: leave at least one to train on."
+            )
+
+    def _reduced(self, split: Split, seed: int) -> Split:
+        """What ``train_fraction`` and ``omit_classes`` leave of the training data, in its order."""
+        if self.train_fraction == 1 and not self.omit_classes:
+            return split
+        x, y = split
+        keep = self._not_omitted(y)
+        if self.train_fraction < 1:
+            order = torch.randperm(len(y), generator=stream(seed, purpose="data/few_shot"))
+            for label in range(self.num_classes):
+                of_class = order[y[order] == label]
+                keep[of_class[max(1, round(self.train_fraction * len(of_class))) :]] = False
+        if not keep.any():
+            raise ValueError(
+                f"No training sample remains without the classes {self.omit_classes}: omit fewer of them, or load more "
+                f"than {len(y)} samples."
+            )
+        return x[keep], y[keep]
+
+    def _not_omitted(self, labels: Tensor) -> Tensor:
+        return ~torch.isin(labels, torch.tensor(self.omit_classes or [], dtype=torch.int64))
+
+    def _without_omitted(self, split: Split) -> Split:
+        keep = self._not_omitted(split[1])
+        return split[0][keep], split[1][keep]
 
 
 def shuffled_split(x: Tensor, y: Tensor, held_out: int, seed: int, purpose: str) -> tuple[Split, Split]:

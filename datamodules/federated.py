@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -11,17 +11,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    TensorDataset,
-    default_collate,
-    default_convert,
-)
 from typing_extensions import override
 
+from groundwire.callbacks.training_data import refuse_hooks, training_tensors
 from groundwire.datamodules.base import ResumableDataModule, ResumableLoader, Split
 from groundwire.datamodules.buffers import Buffers
 from groundwire.datamodules.partition import Partition, by_label, dirichlet, iid, shards
@@ -215,12 +207,15 @@ class Federated(ResumableDataModule):
         self.datamodule.trainer = self.trainer
         self.datamodule.setup(stage or "fit")
         if stage in (None, "fit") and self._partition is None:
-            _refuse_hooks(self.datamodule)
+            refuse_hooks(self.datamodule, type(self).__name__)
             self._root_seed = root_seed(self.seed)
             self._deal()
 
     def _deal(self) -> None:
-        x, y = _training_tensors(self.datamodule)
+        x, y = training_tensors(self.datamodule, "Federated")
+        if y.is_floating_point() or y.ndim != 1:
+            raise MisconfigurationException("Federated needs integer labels of shape (n,) to split the data by.")
+        y = y.long()
         self._partition = self._make_partition(y)
         self._split = (x[self._partition.indices], y[self._partition.indices])
 
@@ -351,53 +346,3 @@ def _check_rounds(num_devices: int, *, devices_per_round: int | None, **others: 
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
     if devices_per_round is not None and devices_per_round > num_devices:
         raise ValueError(f"`devices_per_round` is {devices_per_round}, but there are {num_devices} devices.")
-
-
-def _refuse_hooks(datamodule: pl.LightningDataModule) -> None:
-    """Lightning would ask ``Federated`` for these, so that what the user wrote would never run."""
-    for hook in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
-        if is_overridden(hook, datamodule):
-            raise MisconfigurationException(
-                f"Federated does not call {type(datamodule).__name__}.{hook}. Move it to the LightningModule, or into "
-                "the dataset."
-            )
-
-
-def _training_tensors(datamodule: pl.LightningDataModule) -> Split:
-    """All training samples as one pair of tensors, whatever the datamodule keeps them in."""
-    name, data = type(datamodule).__name__, getattr(datamodule, "train_data", None)
-    if not _is_pair(data):
-        data = _all_samples(datamodule.train_dataloader(), name)
-    if not _is_pair(data):
-        raise MisconfigurationException(f"Federated needs (input, label) pairs of tensors from {name}.")
-    x, y = data
-    if y.is_floating_point() or y.ndim != 1:
-        raise MisconfigurationException("Federated needs integer labels of shape (n,) to split the data by.")
-    return x, y.long()
-
-
-def _is_pair(data: object) -> TypeGuard[Split]:
-    return isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
-
-
-def _all_samples(loader: Any, name: str) -> Any:
-    dataset = getattr(loader, "dataset", None)
-    if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise MisconfigurationException(
-            f"Federated needs {name}.train_dataloader() to have a `dataset` with a length that gives (input, label) "
-            "pairs, or the datamodule to have `train_data = (inputs, labels)`."
-        )
-    for kind, plain in (("sampler", (SequentialSampler, RandomSampler)), ("batch_sampler", (BatchSampler,))):
-        sampler = getattr(loader, kind, None)
-        if sampler is not None and type(sampler) not in plain:  # it may leave out what is held out for validation
-            raise MisconfigurationException(
-                f"Federated deals out the whole dataset of {name}.train_dataloader(), but its {kind} is a "
-                f"{type(sampler).__name__}, which may choose among the samples. Give the dataset as a "
-                "`torch.utils.data.Subset` instead."
-            )
-    collate = getattr(loader, "collate_fn", default_collate)
-    if collate is default_convert:  # of a loader that does not batch
-        collate = default_collate
-    if isinstance(dataset, TensorDataset) and collate is default_collate:
-        return dataset.tensors
-    return collate([dataset[i] for i in range(len(dataset))])  # once, not every step

@@ -25,15 +25,14 @@ def adam(params: Iterable[Any]) -> Optimizer:
     return torch.optim.Adam(params, lr=1e-3)
 
 
-class Classifier(LightningModule):
-    """Cross-entropy training of any network that maps a batch of images to logits.
+class CrossEntropyModule(LightningModule):
+    """Cross-entropy training of any ``forward`` that gives logits, with the classes in their last dimension.
 
     Logs ``train/loss`` (nats) per step, and ``loss`` and ``acc`` (a fraction in [0, 1]) per epoch under ``val/`` and
-    ``test/``. ``training_step`` is a pure function of parameters and batch, so it can run under `torch.func.vmap`, unless
-    ``net`` has batch normalisation, which keeps running statistics.
+    ``test/``: means over all targets. ``training_step`` is a pure function of parameters and batch, so it can run under
+    `torch.func.vmap`, unless the network has batch normalisation, which keeps running statistics.
 
     Args:
-        net: Maps images ``(B, *input_shape)`` to logits ``(B, num_classes)``.
         num_classes: Number of labels.
         optimizer: Builds the optimizer from the parameters.
         lr_scheduler: Builds a learning-rate schedule, stepped once per optimizer step, from the optimizer.
@@ -46,8 +45,7 @@ class Classifier(LightningModule):
 
     def __init__(
         self,
-        net: nn.Module,
-        num_classes: int = 10,
+        num_classes: int,
         optimizer: OptimizerCallable = adam,
         lr_scheduler: LRSchedulerCallable | None = None,
         schedule: Schedule | None = None,
@@ -59,22 +57,16 @@ class Classifier(LightningModule):
             )
         if schedule not in (None, "one_cycle", "cosine"):
             raise ValueError(f"`schedule` must be 'one_cycle' or 'cosine', got {schedule!r}.")
-        self.net = net
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.schedule = schedule
         self.val_acc = MulticlassAccuracy(num_classes, average="micro")
         self.test_acc = MulticlassAccuracy(num_classes, average="micro")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images ``(B, *input_shape)`` to logits ``(B, num_classes)``."""
-        logits: Tensor = self.net(x)
-        return logits
-
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Mean cross-entropy of one batch of images and integer labels."""
+        """Mean cross-entropy of one batch of inputs and integer targets."""
         x, y = batch
-        loss = F.cross_entropy(self(x), y)
+        loss = _cross_entropy(self(x), y)
         self.log("train/loss", loss, on_step=True, prog_bar=True, batch_size=len(y))
         return loss
 
@@ -87,7 +79,7 @@ class Classifier(LightningModule):
         self._evaluate("test", self.test_acc, batch)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The most likely label of each image, shape ``(B,)``."""
+        """The most likely class of each target: the shape of the logits without their last dimension."""
         x = batch[0] if isinstance(batch, tuple | list) else batch
         labels: Tensor = self(x).argmax(dim=-1)
         return labels
@@ -116,9 +108,46 @@ class Classifier(LightningModule):
     def _evaluate(self, stage: str, accuracy: MulticlassAccuracy, batch: tuple[Tensor, Tensor]) -> None:
         x, y = batch
         logits = self(x)
-        accuracy(logits, y)
-        self.log(f"{stage}/loss", F.cross_entropy(logits, y), batch_size=len(y), sync_dist=True)
-        self.log(f"{stage}/acc", accuracy, prog_bar=True, batch_size=len(y))
+        accuracy(logits.flatten(0, -2), y.flatten())
+        self.log(f"{stage}/loss", _cross_entropy(logits, y), batch_size=y.numel(), sync_dist=True)
+        self.log(f"{stage}/acc", accuracy, prog_bar=True, batch_size=y.numel())
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over all targets: labels in the shape of the logits without the last dimension, or probabilities in theirs."""
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(0, logits.ndim - 2))
+
+
+class Classifier(CrossEntropyModule):
+    """Cross-entropy training of any network that maps a batch of images to logits; :class:`CrossEntropyModule` logs.
+
+    Args:
+        net: Maps images ``(B, *input_shape)`` to logits ``(B, num_classes)``.
+        num_classes: Number of labels.
+        optimizer: Builds the optimizer from the parameters.
+        lr_scheduler: Builds a learning-rate schedule, stepped once per optimizer step, from the optimizer.
+        schedule: Instead, one that spans all steps of the fit: ``"one_cycle"`` (up to the optimizer's rate in the first
+            30 % and down again) or ``"cosine"`` (from it to 0).
+
+    Raises:
+        ValueError: If both are given.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        num_classes: int = 10,
+        optimizer: OptimizerCallable = adam,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        schedule: Schedule | None = None,
+    ) -> None:
+        super().__init__(num_classes, optimizer, lr_scheduler, schedule)
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``(B, *input_shape)`` to logits ``(B, num_classes)``."""
+        logits: Tensor = self.net(x)
+        return logits
 
 
 class SoftmaxRegression(Classifier):

@@ -1,13 +1,19 @@
-"""One progress bar over all rounds of a run."""
+"""One progress bar over all rounds of a run, and one for work that is no training."""
 
 from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from tqdm.auto import tqdm
+
+ShowProgress = Callable[[str, float], None]
+"""Takes what is being done, and the share of the work that is done, in [0, 1]."""
 
 
 class RoundProgressBar(RichProgressBar):
@@ -55,3 +61,40 @@ class RoundProgressBar(RichProgressBar):
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"{'Round':{len(self.validation_description)}}"
+
+
+@contextmanager
+def work_progress(trainer: Trainer, title: str) -> Iterator[ShowProgress]:
+    """Show how far a callback's own work is, such as an evaluation.
+
+    It is a bar in the Trainer's own display where that is rich and on the screen, else one of its own; none where the
+    Trainer has none, and none but in the first process.
+
+    Args:
+        trainer: The Trainer.
+        title: What is shown at first.
+
+    Yields:
+        To be called with what is being done, and the share of the work that is done.
+    """
+    bar = trainer.progress_bar_callback
+    if trainer.global_rank or not getattr(bar, "is_enabled", False):
+        yield lambda _, __: None
+        return
+    if isinstance(bar, RichProgressBar) and bar.progress is not None and bar.progress.live.is_started:
+        task = bar.progress.add_task(f"[white]{title}", total=1.0)
+
+        def show(what: str, share: float) -> None:
+            assert bar.progress is not None
+            bar.progress.update(task, description=f"[white]{what}", completed=share)
+            bar.refresh()
+
+        yield show
+        return
+    with tqdm(total=100, unit="%", desc=title) as own:
+
+        def show_own(what: str, share: float) -> None:
+            own.set_description(what)
+            own.update(round(100 * share) - own.n)
+
+        yield show_own

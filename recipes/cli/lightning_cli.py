@@ -105,7 +105,7 @@ class GroundwireCLI(LightningCLI):
         except BaseException:
             self._say_how_to_resume("Failed")
             raise
-        _say(f"Run: {self.run.folder}")
+        say(f"Run: {self.run.folder}")
 
     @rank_zero_only
     def _record(self) -> None:
@@ -120,9 +120,9 @@ class GroundwireCLI(LightningCLI):
         path = checkpoints[0].path(self.trainer) if checkpoints else None
         if path is not None and path.is_file():
             folder = shlex.quote(str(self.run.folder))
-            _say(f"{what} after {self.trainer.global_step} steps. To go on: groundwire fit --ckpt_path {folder}")
+            say(f"{what} after {self.trainer.global_step} steps. To go on: groundwire fit --ckpt_path {folder}")
         else:
-            _say(f"{what} before the first checkpoint. Run: {self.run.folder}")
+            say(f"{what} before the first checkpoint. Run: {self.run.folder}")
 
     def _resolve(self, args: list[str]) -> tuple[str, list[str]]:
         """Names of recipes to files, the folder of a run to its checkpoint; the recipe's name and the arguments."""
@@ -194,5 +194,6 @@ def _split_equals(args: list[str]) -> list[str]:
 
 
 @rank_zero_only
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print, from the first process alone."""
     print(text, flush=True)

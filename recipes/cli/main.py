@@ -18,11 +18,13 @@ _RUNS = {
     "test": "evaluate on the test data",
     "predict": "predict",
 }
+_UNLEARN = "let the model of --ckpt_path forget; compares with --reference, if given"
 _EXAMPLES = """\
 examples:
   groundwire ls
   groundwire fit --config a_dsgd --config digits --trainer.max_steps 100
   groundwire fit --ckpt_path runs/a_dsgd/20270101-120000-seed1
+  groundwire unlearn --config win_u --ckpt_path runs/original --data.forget class --data.label 3
   groundwire check a_dsgd --data.partition by_label
   groundwire compare error_free a_dsgd d_dsgd --config digits --seeds 3
 
@@ -68,6 +70,13 @@ def _dispatch(words: list[str]) -> int:
 
         quiet_process()
         GroundwireCLI(words[0], words[1:])
+        return 0
+    if words and words[0] == "unlearn":
+        from groundwire.recipes.cli.lightning_cli import quiet_process
+        from groundwire.recipes.cli.unlearn import UnlearnCLI
+
+        quiet_process()
+        UnlearnCLI(words[1:])
         return 0
     parser = _parser()
     options, rest = parser.parse_known_args(words)
@@ -140,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, text in _RUNS.items():
         commands.add_parser(name, help=text, add_help=False)
+    commands.add_parser("unlearn", help=_UNLEARN, add_help=False)
     commands.add_parser("ls", help="list the recipes")
     copy = commands.add_parser("cp", help="copy a recipe, to change it")
     copy.add_argument("name", metavar="NAME")

@@ -39,11 +39,11 @@ class Recorder(pl.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.evaluated["val"].append(tensors(batch))
-        self.log("val/mean", batch[0].mean())
+        self.log("val/mean", batch[0].float().mean())
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self.evaluated["test"].append(tensors(batch))
-        self.log("test/mean", batch[0].mean())
+        self.log("test/mean", batch[0].float().mean())
 
     def predict_step(self, batch: Any, batch_idx: int) -> None:
         self.evaluated["predict"].append(tensors(batch))

@@ -23,7 +23,10 @@ FAMILIES = {  # the overlay that needs no data to be there, and arguments for ep
     "information": ("digits_central", ["--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1"]),
     "adversarial": ("digits_central", ["--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1"]),
     "privacy": ("digits_central", ["--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1"]),
+    "unlearning": ("digits_central", ["--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1"]),
 }
+TO_FORGET = 0.2  # share of the digits that the model of the unlearning family is trained on
+NO_STEPS = ("win_u", "ssd")  # recipes that change the weights once, before the first step
 NEEDED_HERE = {  # what a recipe for more data needs on the digits
     "dp_film_few_shot": ["--data.train_fraction=1.0"],
     "rqm": ["--trainer.strategy.uplink.compressor.num_shares=1"],  # rounds of few devices, or of none
@@ -82,6 +85,30 @@ def groundwire(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Callable[
     return run
 
 
+def overlay_of(recipe: Recipe) -> tuple[str, list[str]]:
+    """The overlay and the arguments of a recipe's family; others for data that is to be forgotten."""
+    overlay, few = FAMILIES[recipe.family]
+    if not forgets(recipe):
+        return overlay, few
+    return "digits_forget", [*few, f"--data.datamodule.train_fraction={TO_FORGET}"]
+
+
+def forgets(recipe: Recipe) -> bool:
+    """Whether a recipe takes a trained model that is to forget."""
+    return str(yaml.safe_load(recipe.path.read_text())["data"]["class_path"]).endswith(".ForgetRetain")
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run of ``original``, with its curvature."""
+    folder = tmp_path_factory.mktemp("original") / "run"
+    words = ("--config=original", "--config=digits_central", *UNTRACKED, "--trainer.max_steps=40")
+    process = start("fit", *words, f"--data.train_fraction={TO_FORGET}", f"--trainer.default_root_dir={folder}")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return folder
+
+
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run of ``cross_entropy``, long enough to be better than chance: other teachers are refused."""
@@ -99,8 +126,9 @@ def short(request: pytest.FixtureRequest) -> Callable[[Recipe], list[str]]:
     """What lets a recipe run here, within seconds: overlay, epochs of two steps, and a teacher where it needs one."""
 
     def words(recipe: Recipe) -> list[str]:
-        overlay, few = FAMILIES[recipe.family]
-        given = teachers_argument(recipe, request.getfixturevalue("teacher")) if teachers_of(recipe) else []
+        overlay, few = overlay_of(recipe)
+        trained = "original" if forgets(recipe) else "teacher"
+        given = teachers_argument(recipe, request.getfixturevalue(trained)) if teachers_of(recipe) else []
         return [f"--config={overlay}", *few, *NEEDED_HERE.get(recipe.name, []), *given]
 
     return words

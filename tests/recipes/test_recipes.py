@@ -7,16 +7,29 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cli_fixtures import FAMILIES, RECIPES, UNTRACKED, every_recipe, groundwire, short, teacher, workplace
+from cli_fixtures import (
+    NO_STEPS,
+    RECIPES,
+    UNTRACKED,
+    groundwire,
+    original,
+    overlay_of,
+    short,
+    teacher,
+    workplace,
+)
 
 from groundwire.callbacks.reporting import read_metrics
 from groundwire.recipes.catalog import Recipe
 from groundwire.recipes.cli.study import Study
 
-__all__ = ["groundwire", "short", "teacher", "workplace"]  # fixtures
+__all__ = ["groundwire", "original", "short", "teacher", "workplace"]  # fixtures
 
 Command = Callable[..., tuple[int, str, str]]
 Short = Callable[[Recipe], list[str]]
+every_recipe = pytest.mark.parametrize(
+    "recipe", [recipe for recipe in RECIPES if recipe.name not in NO_STEPS], ids=lambda recipe: recipe.name
+)
 STUDIES = sorted((Path(__file__).parents[2] / "docs" / "studies").glob("*.yaml"))
 BREAKER = """\
 from lightning.pytorch import Callback
@@ -70,9 +83,9 @@ def test_a_recipe_resumes_within_an_epoch(
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_a_study_of_the_docs_can_be_built(groundwire: Command, path: Path) -> None:
     """On the digits, so that no data has to be there."""
-    families = {recipe.path: recipe.family for recipe in RECIPES}
+    recipes = {recipe.path: recipe for recipe in RECIPES}
     for job in {job.label: job for job in Study.of_file(path).jobs(Path("out"))}.values():
         recipe = Path(job.args[0].removeprefix("--config="))
-        overlay, _ = FAMILIES[families[recipe]]
+        overlay, _ = overlay_of(recipes[recipe])
         status, _, err = groundwire("check", recipe, f"--config={overlay}", *job.args[1:])
         assert status == 0, err

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from typing_extensions import override
 
 from groundwire.callbacks.adversarial.attacks import PGD, Attack
@@ -29,8 +25,10 @@ from groundwire.callbacks.adversarial.victim import Victim
 from groundwire.callbacks.checks import as_target
 from groundwire.callbacks.logits import LogitsSource
 from groundwire.callbacks.reporting.pictures import log_picture
+from groundwire.callbacks.reporting.progress import work_progress
 from groundwire.callbacks.step import Step, StepCallback
 from groundwire.callbacks.teacher import Teacher
+from groundwire.callbacks.weights import copy_of
 from groundwire.plugins.random import root_seed
 
 
@@ -243,7 +241,7 @@ class RobustnessReport(StepCallback):
         samples = self._samples()
         found: RobustnessResult | None = None
         if samples is not None:
-            with _progress(trainer) as progress:
+            with work_progress(trainer, "Attacks") as progress:
                 found = self._evaluate(trainer, pl_module, *samples, progress)
         parts = _gathered(trainer, found)
         if not parts:
@@ -287,7 +285,7 @@ class RobustnessReport(StepCallback):
         if self.surrogate is None and self.surrogate_checkpoint is None:
             return None
         with torch.inference_mode(False):  # its weights have to take part in gradients
-            network = self.surrogate if self.surrogate is not None else _copy_of(pl_module)
+            network = self.surrogate if self.surrogate is not None else copy_of(pl_module)
             surrogate = Teacher(network, self.surrogate_checkpoint)
             surrogate.prepare(pl_module, trainer.strategy.root_device)
         return surrogate
@@ -356,15 +354,6 @@ class _Logits(nn.Module):
         return self.victim.logits(self.module, x)
 
 
-def _copy_of(pl_module: pl.LightningModule) -> nn.Module:
-    """The module without its Trainer, which would be copied with it."""
-    trainer, pl_module._trainer = pl_module._trainer, None
-    try:
-        return copy.deepcopy(pl_module)
-    finally:
-        pl_module._trainer = trainer
-
-
 def _gathered(trainer: pl.Trainer, found: RobustnessResult | None) -> list[RobustnessResult]:
     """The results of all processes, where there are any."""
     if trainer.world_size == 1:
@@ -372,29 +361,3 @@ def _gathered(trainer: pl.Trainer, found: RobustnessResult | None) -> list[Robus
     everywhere: list[RobustnessResult | None] = [None] * trainer.world_size
     torch.distributed.all_gather_object(everywhere, found)
     return [part for part in everywhere if part is not None]
-
-
-@contextmanager
-def _progress(trainer: pl.Trainer) -> Iterator[Progress]:
-    """A bar in the Trainer's own display where that is rich, else one of its own; none where the Trainer has none."""
-    bar = trainer.progress_bar_callback
-    if trainer.global_rank or not getattr(bar, "is_enabled", False):
-        yield lambda _, __: None
-        return
-    if isinstance(bar, RichProgressBar) and bar.progress is not None:
-        task = bar.progress.add_task("[white]Attacks", total=1.0)
-
-        def show(what: str, share: float) -> None:
-            assert bar.progress is not None
-            bar.progress.update(task, description=f"[white]{what}", completed=share)
-            bar.refresh()
-
-        yield show
-        return
-    with tqdm(total=100, unit="%", desc="Attacks") as own:
-
-        def show_own(what: str, share: float) -> None:
-            own.set_description(what)
-            own.update(round(100 * share) - own.n)
-
-        yield show_own
