@@ -21,8 +21,8 @@ from groundwire.callbacks.unlearning.recorder import KEY, CurvatureRecord, decay
 from groundwire.callbacks.unlearning.records import OutputLoss, Records, loss_of_step
 from groundwire.callbacks.weights import fingerprint, read_checkpoint
 
-_CONVERGED = 1e-3  # |gradient| / n below which the model counts as trained to its optimum
-_TAU_SHARE = 0.01  # of n, the damping of a model that is not
+_CONVERGED = 5e-3  # |gradient| / n below which the model counts as trained to its optimum
+_TAU_SHARE = 0.001  # of n, the damping of a model that is not
 
 
 class WINU(OneShotMethod):
@@ -44,7 +44,7 @@ class WINU(OneShotMethod):
     Args:
         checkpoint: The trained model, with a curvature record: a Lightning checkpoint, or the folder of its run.
         damping: ``tau``, on the scale of summed losses; None for 0 where the model is trained to its optimum (the norm of
-            the mean gradient is below 1e-3), else 0.01 n, with a warning.
+            the mean gradient is below 5e-3), else 0.001 n, with a warning.
         kappa: Share of the gradient ``g`` of the whole objective that the step removes as well, in [0, 1]: 0 takes away the
             forget set's pull alone and lands near a model that was retrained as long as this one was trained, 1 is a full
             Newton step towards the optimum. The same for a model that is at its optimum.

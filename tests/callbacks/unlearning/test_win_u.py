@@ -341,7 +341,7 @@ def test_a_model_that_is_not_at_its_optimum_is_damped_with_a_warning(tmp_path: P
     method = WINU(last(tmp_path / "a"))
     with pytest.warns(UserWarning, match="not at its optimum"):
         unlearn(tmp_path / "a", tmp_path / "b", [1, 2], method)
-    assert method.details["tau"] == pytest.approx(0.01 * N)
+    assert method.details["tau"] == pytest.approx(0.001 * N)
 
 
 def test_another_loss_than_the_modules_own_is_noticed(tmp_path: Path) -> None:
