@@ -11,7 +11,7 @@ from groundwire.datamodules.descriptions import DatasetDescriptions
 from groundwire.datamodules.digits import Digits
 from groundwire.datamodules.fashion_mnist import DatasetMissingError, FashionMNIST
 from groundwire.datamodules.federated import Federated, RoundLoader
-from groundwire.datamodules.forget_retain import ForgetRetain, ForgetRetainLoader
+from groundwire.datamodules.forget_retain import ForgetRetain, ForgetRetainLoader, ForgetSetError
 from groundwire.datamodules.partition import Partition, PartitionError
 from groundwire.datamodules.plots import plot_partition
 
@@ -23,6 +23,7 @@ __all__ = [
     "Federated",
     "ForgetRetain",
     "ForgetRetainLoader",
+    "ForgetSetError",
     "Partition",
     "PartitionError",
     "ResumableDataModule",

@@ -23,6 +23,10 @@ from groundwire.plugins.random import root_seed, stream
 Forget = Literal["random", "class", "indices", "device"]
 
 
+class ForgetSetError(MisconfigurationException, ValueError):
+    """The samples cannot be forgotten as asked."""
+
+
 class ForgetRetainLoader(ResumableLoader[dict[Part, Split]]):
     """Batches ``{"forget": (x, y), "retain": (x, y)}``, or of one of the two.
 
@@ -89,7 +93,8 @@ class ForgetRetain(ResumableDataModule):
         seed: Root seed of the random choice and the order; by default that of ``seed_everything``, else 0.
 
     Raises:
-        ValueError: If an argument is out of range; at setup, if the forget set is empty, everything, not in the training
+        ValueError: If an argument is out of range.
+        ForgetSetError: At setup, if the forget set is empty, everything, not in the training
             data, forgotten already, or holds a sample of the test data.
 
     Example:
@@ -186,7 +191,7 @@ class ForgetRetain(ResumableDataModule):
                 f"no training sample has the label {self.label}; there are {torch.unique(self.groups[left]).tolist()}"
             )
             if not len(chosen):
-                raise ValueError(f"The forget set is empty: {what}.")
+                raise ForgetSetError(f"The forget set is empty: {what}.")
         elif self.forget == "device":
             chosen = self._of_device()
         else:
@@ -195,23 +200,23 @@ class ForgetRetain(ResumableDataModule):
 
     def _checked(self, chosen: Tensor, left: Tensor) -> Tensor:
         if not len(chosen):
-            raise ValueError("The forget set is empty: name at least one training sample.")
+            raise ForgetSetError("The forget set is empty: name at least one training sample.")
         if len(torch.unique(chosen)) < len(chosen):
-            raise ValueError("The forget set names a sample twice: give each index once.")
+            raise ForgetSetError("The forget set names a sample twice: give each index once.")
         again = chosen[torch.isin(chosen, self.earlier)]
         if len(again):
-            raise ValueError(
+            raise ForgetSetError(
                 f"{len(again)} samples of the forget set, such as {int(again[0])}, were forgotten by an earlier request: "
                 "leave them out."
             )
         unknown = chosen[~torch.isin(chosen, left)]
         if len(unknown):
-            raise ValueError(
+            raise ForgetSetError(
                 f"{len(unknown)} indices of the forget set, such as {int(unknown[0])}, are not in the training data of "
                 f"{len(self._data[1])} samples: give rows of the training data, from 0."
             )
         if len(chosen) == len(left):
-            raise ValueError(
+            raise ForgetSetError(
                 "The forget set is all of the training data: nothing would be retained. Start a new model."
             )
         return chosen
@@ -224,7 +229,7 @@ class ForgetRetain(ResumableDataModule):
             try:
                 array = np.load(path) if path.suffix == ".npy" else np.loadtxt(path, dtype=np.int64, ndmin=1)
             except ValueError as error:
-                raise ValueError(
+                raise ForgetSetError(
                     f"{path} is no list of indices: {error}. Write one index a line, or an .npy."
                 ) from error
             return torch.from_numpy(np.asarray(array, dtype=np.int64).reshape(-1))
@@ -236,7 +241,7 @@ class ForgetRetain(ResumableDataModule):
         assert self.device is not None
         partition = self.datamodule.partition
         if not 0 <= self.device < len(partition.counts):
-            raise ValueError(f"`device` must be in [0, {len(partition.counts)}), got {self.device}.")
+            raise ForgetSetError(f"`device` must be in [0, {len(partition.counts)}), got {self.device}.")
         end = int(partition.counts[: self.device + 1].sum())
         return partition.indices[end - int(partition.counts[self.device]) : end]
 
@@ -247,7 +252,7 @@ class ForgetRetain(ResumableDataModule):
         forgotten = {_bytes_of(x) for x in self._data[0][self.forget_indices]}
         found = sum(_bytes_of(x) in forgotten for x in _inputs(self.datamodule.test_dataloader()))
         if found:
-            raise ValueError(
+            raise ForgetSetError(
                 f"{found} samples of the test data are in the forget set: forgetting could not be told from "
                 "generalisation. Take them out of the test data."
             )
@@ -267,7 +272,7 @@ class ForgetRetain(ResumableDataModule):
         inner = self.datamodule.datamodule if isinstance(self.datamodule, Federated) else self.datamodule
         groups = getattr(inner, "train_groups", self._data[1])
         if not isinstance(groups, Tensor) or groups.is_floating_point() or groups.ndim != 1:
-            raise ValueError(
+            raise ForgetSetError(
                 "forget='class' needs integer labels of shape (n,), or `train_groups` of that shape in the datamodule: "
                 "use forget='indices'."
             )
@@ -335,7 +340,7 @@ class ForgetRetain(ResumableDataModule):
             self.datamodule.load_state_dict(state)
         self._choose()
         if before is not None and before["data_digest"] != self.data_digest:
-            raise ValueError(
+            raise ForgetSetError(
                 "The checkpoint was trained on other data (their hashes differ): the indices would name other samples. "
                 "Use the datamodule that it was trained with."
             )
@@ -359,7 +364,7 @@ class ForgetRetain(ResumableDataModule):
                 num_ranks=num_ranks,
             )
             if not len(loaders[part]):
-                raise ValueError(f"The {part} set has {len(indices)} samples: too few for {num_ranks} processes.")
+                raise ForgetSetError(f"The {part} set has {len(indices)} samples: too few for {num_ranks} processes.")
         return ForgetRetainLoader(loaders, self._in_turn)
 
     @override

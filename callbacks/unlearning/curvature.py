@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
@@ -29,7 +30,7 @@ _AUTO_LOW_RANK = 2**30  # bytes of the vectors that low rank keeps
 _SINGULAR = 1e-6  # distance of a leverage from 1 at which the system counts as singular
 
 
-class SingularCurvatureError(RuntimeError):
+class SingularCurvatureError(MisconfigurationException):
     """Removing the forget set's curvature leaves a singular or indefinite system."""
 
 
