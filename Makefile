@@ -1,6 +1,6 @@
 # make demo       the main job on the embedded digits: five schemes, three seeds; prints where plot and table are
-# make study-first-light, study-information, study-adversarial, study-privacy     all figures of that page under docs/, on
-#                 Fashion-MNIST: one, two, two and two hours on one core; make study does all
+# make study-first-light, study-information, study-adversarial, study-privacy, study-unlearning     all figures of that page
+#                 under docs/, on Fashion-MNIST: one hour on one core, and two for each of the others; make study does all
 # make test       the tests           make test-slow   the long reproductions as well
 # make lint       ruff and mypy       make clean       remove the environments
 # Each sets up an environment of its own. Needed beforehand: Python 3.11 or later with venv and pip, and make.
@@ -12,11 +12,12 @@ FIRST_LIGHT := iid_500 by_label_500 iid_200 by_label_200 power bandwidth decoder
 INFORMATION := cmic ncmi_and_error students knockoffs
 ADVERSARIAL := adversarial fal
 PRIVACY := dp_sgd device_privacy
+UNLEARNING := unlearning_lr_random unlearning_lr_class unlearning_random unlearning_class unlearning_text
 SOURCES := $(shell find plugins callbacks datamodules recipes src -name '*.py' -o -name '*.yaml' -o -name '*.md')
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo study study-first-light study-information study-adversarial study-privacy test test-slow lint clean
+.PHONY: demo study study-first-light study-information study-adversarial study-privacy study-unlearning test test-slow lint clean
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/groundwire compare --study docs/studies/demo.yaml --output runs/compare/demo
@@ -26,7 +27,7 @@ demo: $(DEMO_VENV)/.installed
 	@echo "plot:  runs/compare/demo/plot.png"
 	@echo "table: runs/compare/demo/table.md"
 
-study: study-first-light study-information study-adversarial study-privacy
+study: study-first-light study-information study-adversarial study-privacy study-unlearning
 
 study-first-light: $(FIRST_LIGHT:%=study/%)
 	$(DEMO_VENV)/bin/python docs/studies/first_light.py
@@ -43,6 +44,10 @@ study-privacy: $(PRIVACY:%=study/%)
 	$(DEMO_VENV)/bin/python docs/studies/few_shot.py --output docs/studies/results/few_shot.csv
 	$(DEMO_VENV)/bin/python docs/studies/audits.py --output docs/studies/results/audits.csv
 	$(DEMO_VENV)/bin/python docs/studies/privacy.py
+
+study-unlearning: $(UNLEARNING:%=study/%)
+	$(DEMO_VENV)/bin/python docs/studies/unlearning.py
+	$(DEMO_VENV)/bin/python docs/studies/influence.py --output docs/studies/results/influence.csv --picture docs/unlearning_influence.png
 
 study/%: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/groundwire compare --study docs/studies/$*.yaml --output runs/compare/$*

@@ -61,6 +61,30 @@ class LogitsSource:
         self._tap = Tap(submodule)
         self._looked_at_values = False
 
+    @classmethod
+    def of_pairs(cls, source: LogitsSource) -> LogitsSource:
+        """The same, for batches that are pairs of inputs and labels already.
+
+        Args:
+            source: What took the pairs from the batches.
+
+        Returns:
+            One with all other options of ``source``.
+
+        Example:
+            >>> pairs = LogitsSource.of_pairs(LogitsSource("head", unpack=lambda batch: (batch["x"], batch["y"]), flatten=True))
+            >>> pairs.submodule, pairs.flatten, pairs.inputs_and_labels(("inputs", "labels"))
+            ('head', True, ('inputs', 'labels'))
+        """
+        return cls(
+            source.submodule,
+            source.call,
+            unpack=lambda pair: pair,
+            from_probs=source.from_probs,
+            binary=source.binary,
+            flatten=source.flatten,
+        )
+
     @contextmanager
     def open(self, module: pl.LightningModule) -> Iterator[list[Call]]:
         """Collect the calls of a step; see :meth:`Tap.open`."""

@@ -11,7 +11,8 @@ from groundwire.datamodules.descriptions import DatasetDescriptions
 from groundwire.datamodules.digits import Digits
 from groundwire.datamodules.fashion_mnist import DatasetMissingError, FashionMNIST
 from groundwire.datamodules.federated import Federated, RoundLoader
-from groundwire.datamodules.forget_retain import ForgetRetain, ForgetRetainLoader, ForgetSetError
+from groundwire.datamodules.forget_retain import ForgetRetain, ForgetRetainLoader
+from groundwire.datamodules.forget_set import ForgetSetError
 from groundwire.datamodules.partition import Partition, PartitionError
 from groundwire.datamodules.plots import plot_partition
 

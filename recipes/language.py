@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -147,7 +148,9 @@ class TinyTransformer(CrossEntropyModule):
 
     def setup(self, stage: str) -> None:
         """Compare the sizes with those of the datamodule, where it tells them."""
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        while not hasattr(data, "vocab_size") and hasattr(data, "datamodule"):  # wrapped, as by ForgetRetain
+            data = data.datamodule
         for name in ("vocab_size", "seq_len"):
             ours, theirs = getattr(self, name), getattr(data, name, None)
             if isinstance(theirs, int) and theirs > ours:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import time
 from abc import abstractmethod
 from pathlib import Path
@@ -12,15 +11,18 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from groundwire.callbacks.reporting import ResumableCheckpoint
 from groundwire.callbacks.step import StepCallback
 from groundwire.callbacks.unlearning.data import ForgetRetainData, Part, forget_retain_data, indices_digest
+from groundwire.callbacks.unlearning.records import warn_of_batchnorm
 from groundwire.callbacks.weights import copy_of, find_checkpoint, fingerprint, load_weights, read_checkpoint
 from groundwire.plugins.edge import EdgeStrategy
+from groundwire.plugins.random import root_seed
 
 Batch = Any
 
@@ -40,7 +42,10 @@ class UnlearningMethod(StepCallback):
         starts_trained: Whether the method starts from the checkpoint's weights; otherwise from the module's own.
         original: A frozen copy of the trained module, in evaluation mode; during and after a fit.
         seconds: Wall time of the method itself, without validation and reports.
-        records_read: How many records were given to the module's step or differentiated, by part.
+        records_read: How many records were given to the module's step or differentiated on this process, by part.
+        peak_memory_bytes: The most memory that the method had in use above what there was when the fit began, on its
+            device; None where that cannot be told.
+        recording_seconds: How long the training took to record what the method uses; None if it uses no record.
 
     Raises:
         MisconfigurationException: At setup, if the Trainer has two methods, or its datamodule does not say what to
@@ -55,6 +60,9 @@ class UnlearningMethod(StepCallback):
         self.original: nn.Module | None = None
         self.seconds = 0.0
         self.records_read: dict[str, int] = {"forget": 0, "retain": 0}
+        self.peak_memory_bytes: int | None = None
+        self.recording_seconds: float | None = None
+        self._memory: MemoryGauge | None = None
         self._trainer: pl.Trainer | None = None
         self._pl_module: pl.LightningModule | None = None
         self._data: ForgetRetainData | None = None
@@ -74,6 +82,7 @@ class UnlearningMethod(StepCallback):
             if self.checkpoint is not None:
                 self._file = find_checkpoint(self.checkpoint)
                 self._refuse_overwriting(trainer, self._file)
+                trainer.precision_plugin.convert_module(pl_module)  # before weights in its precision are loaded
                 self._start_from(pl_module, self._file)
             self.original = self._trained_copy(pl_module)
             self._origin = fingerprint(self.original.state_dict())
@@ -136,6 +145,7 @@ class UnlearningMethod(StepCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self.original is not None
         self.original = trainer.precision_plugin.convert_module(self.original.to(pl_module.device))
+        self._memory = MemoryGauge(pl_module.device)
 
     # ---------------------------------------------------------------- what is left
 
@@ -156,9 +166,37 @@ class UnlearningMethod(StepCallback):
             "result_sha256": fingerprint(self.pl_module.state_dict()),
             "original_checkpoint": str(self._file) if self._file is not None else None,
             "seconds": self.seconds,
+            "recording_seconds": self.recording_seconds,
             "records_read": dict(self.records_read),
-            "peak_memory_bytes": peak_memory(self.pl_module.device),
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "training": self._training(),
         }
+
+    def _training(self) -> dict[str, Any]:
+        """How the Trainer ran: what a method's figures depend on beside its own settings."""
+        trainer = self.trainer
+        return {
+            "optimizers": [_described(optimizer) for optimizer in trainer.optimizers],
+            "steps": trainer.global_step,
+            "epochs": trainer.current_epoch,
+            "batch_size": getattr(self.data, "batch_size", None),
+            "seed": root_seed(None),
+            "precision": str(trainer.precision),
+            "processes": trainer.world_size,
+            "model": type(self.pl_module).__name__,
+        }
+
+    def records_read_everywhere(self) -> dict[str, int]:
+        """:attr:`records_read` of all processes together; to be asked for on all of them."""
+        return dict(self.records_read)
+
+    def _refuse_nonfinite_weights(self, pl_module: pl.LightningModule) -> None:
+        wrong = [name for name, p in pl_module.named_parameters() if not bool(torch.isfinite(p).all())]
+        if wrong:
+            raise RuntimeError(
+                f"{self.name} left values that are not finite in {', '.join(wrong[:3])}. They are not saved, and the original "
+                "checkpoint is untouched. Lower the learning rate, or the step's length."
+            )
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -198,6 +236,10 @@ class IterativeMethod(UnlearningMethod):
     """A method that takes optimizer steps: :meth:`around_step` combines the module's own losses on both parts.
 
     It uses the module's ``training_step`` and optimizer. ``batch`` is a dict with an entry for each of ``parts``.
+
+    When the fit ends, the optimizer's state is emptied before the last checkpoint is saved: momentum is a sum of
+    gradients of the records that are to be forgotten, and would keep them. Checkpoints from before the end have it, so
+    that an interrupted run can go on; delete them afterwards.
     """
 
     def __init__(self, checkpoint: str | Path | None = None) -> None:
@@ -246,7 +288,8 @@ class IterativeMethod(UnlearningMethod):
     ) -> None:
         self._since = time.perf_counter()
         for part, records in batch.items():
-            self.records_read[part] += len(records[1])
+            if part in self.records_read:
+                self.records_read[part] += num_records(records)
 
     @override
     def on_train_batch_end(
@@ -255,6 +298,27 @@ class IterativeMethod(UnlearningMethod):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._since is not None:
             self.seconds += time.perf_counter() - self._since
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if pl_module.device.type == "cuda":
+            started = time.perf_counter()
+            torch.cuda.synchronize(pl_module.device)
+            self.seconds += time.perf_counter() - started
+        if self._memory is not None:
+            self.peak_memory_bytes = self._memory.read()
+        self._refuse_nonfinite_weights(pl_module)
+        if not trainer.interrupted and not any(getattr(k, "interrupted", False) for k in trainer.checkpoint_callbacks):
+            for optimizer in trainer.optimizers:
+                optimizer.state.clear()
+
+    @override
+    def records_read_everywhere(self) -> dict[str, int]:
+        counts = torch.tensor(
+            list(self.records_read.values()), dtype=torch.float64, device=self.trainer.strategy.root_device
+        )
+        total = self.trainer.strategy.reduce(counts, reduce_op="sum")
+        return {part: int(number) for part, number in zip(self.records_read, total.tolist(), strict=True)}
 
 
 class OneShotMethod(UnlearningMethod):
@@ -282,6 +346,8 @@ class OneShotMethod(UnlearningMethod):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            warn_of_batchnorm(pl_module)
         if stage == "fit" and self._limit is None:
             self._limit = trainer.limit_train_batches
             trainer.limit_train_batches = 0
@@ -290,16 +356,23 @@ class OneShotMethod(UnlearningMethod):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         if trainer.ckpt_path is not None:
-            rank_zero_warn(f"{self.name} has nothing to resume: it starts again from the weights that were loaded.")
+            raise MisconfigurationException(
+                f"{self.name} changes the weights once: a run of it that is over has nothing to resume, and would "
+                "remove the forget set twice. For a further request, give the run's checkpoint as `checkpoint` "
+                "(`groundwire unlearn --ckpt_path RUN`), and no `ckpt_path` to `trainer.fit`."
+            )
         before = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
         started = time.perf_counter()
         try:
             self.unlearn(pl_module, self.data)
-            self._refuse_nonfinite(pl_module)
+            self._refuse_nonfinite_weights(pl_module)
         except BaseException:
             pl_module.load_state_dict(before)
             raise
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
         self.seconds = time.perf_counter() - started
+        self.peak_memory_bytes = self._memory.read() if self._memory is not None else None
         trainer.strategy.barrier()
 
     @override
@@ -309,14 +382,6 @@ class OneShotMethod(UnlearningMethod):
             folder = getattr(keepers[0], "dirpath", None) or Path(trainer.default_root_dir) / "checkpoints"
             path = Path(folder) / "last.ckpt"
         return path
-
-    def _refuse_nonfinite(self, pl_module: pl.LightningModule) -> None:
-        wrong = [name for name, p in pl_module.named_parameters() if not bool(torch.isfinite(p).all())]
-        if wrong:
-            raise RuntimeError(
-                f"{self.name} left values that are not finite in {', '.join(wrong[:3])}. The weights were put back, and "
-                "the original checkpoint is untouched."
-            )
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -334,11 +399,59 @@ class OneShotMethod(UnlearningMethod):
             self._limit = None
 
 
-def peak_memory(device: torch.device) -> int:
-    """The most memory used so far, in bytes: of the device where that is a GPU, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+class MemoryGauge:
+    """The most memory in use since it was made, above what there was then.
+
+    On a GPU as torch counts it. On the CPU the resident memory of the process, where the system (Linux) lets its peak be
+    set back.
+
+    Args:
+        device: Where the work is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._level: int | None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._level = torch.cuda.memory_allocated(device)
+        else:
+            self._level = self._resident("VmRSS") if self._set_back() else None
+
+    def read(self) -> int | None:
+        """Bytes, at least 0; None where they cannot be told."""
+        if self._level is None:
+            return None
+        cuda = self._device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self._device) if cuda else self._resident("VmHWM")
+        return None if peak is None else max(0, peak - self._level)
+
+    @staticmethod
+    def _set_back() -> bool:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:  # another system, or not allowed
+            return False
+        return True
+
+    @staticmethod
+    def _resident(name: str) -> int | None:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(name):
+                return 1024 * int(line.split()[1])
+        return None
+
+
+def num_records(batch: Any) -> int:
+    """Records in a batch of whatever structure: rows of its first tensor."""
+    return next((len(leaf) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 0)
+
+
+def _described(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Class and settings of an optimizer; plain values."""
+    plain = (bool, int, float, str)
+    groups = [{k: v for k, v in group.items() if isinstance(v, plain)} for group in optimizer.param_groups]
+    return {"class": type(optimizer).__name__, "groups": groups}
 
 
 def chance_level(num_classes: int) -> float:

@@ -9,7 +9,7 @@ not to unlearn.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -67,17 +67,19 @@ def solve_without(system: Tensor, rows: Tensor, rhs: Tensor, *, clip: float | No
 
     Raises:
         SingularCurvatureError: If ``B`` is not positive definite, or a leverage is at least 1.
+        RuntimeError: If something is not finite.
 
     Example:
         >>> step = solve_without(2 * torch.eye(2), torch.tensor([[1.0, 0.0]]), torch.tensor([1.0, 1.0]))
         >>> step.delta, round(step.max_leverage, 6)
         (tensor([1.0000, 0.5000]), 0.5)
     """
+    _refuse_nonfinite(system, rows, rhs)
     factor, info = torch.linalg.cholesky_ex(system)
     if int(info):
         raise SingularCurvatureError(
-            "The curvature is not positive definite even with its damping: raise `damping` (tau), for instance to "
-            f"{1e-3 * float(system.diagonal().mean()):.2g}."
+            "The curvature is not positive definite even with its damping: raise `damping` (tau)"
+            f"{_enough_damping(system, rows)}."
         )
     whitened = torch.linalg.solve_triangular(factor, rows.T, upper=False)
     b = torch.linalg.solve_triangular(factor, rhs.unsqueeze(1), upper=False).squeeze(1)
@@ -88,8 +90,8 @@ def solve_without(system: Tensor, rows: Tensor, rhs: Tensor, *, clip: float | No
     if clip is None and top > 1 - _SINGULAR:
         raise SingularCurvatureError(
             f"The forget set has leverage {top:.6g} on the curvature, at least 0.95 in {high} directions: what remains is "
-            "singular, indefinite or nearly so. Raise `damping` (tau), for instance to "
-            f"{1e-3 * float(system.diagonal().mean()):.2g}, or bound leverages with clip_leverage=True."
+            f"singular, indefinite or nearly so. Raise `damping` (tau){_enough_damping(system, rows)}, or bound leverages "
+            "with clip_leverage=True."
         )
     bounded = leverages if clip is None else leverages.clamp_max(clip)
     if tall:  # (I - W W^T)^{-1} = I + W V (bounded / (1 - bounded) / leverages) V^T W^T
@@ -99,6 +101,36 @@ def solve_without(system: Tensor, rows: Tensor, rhs: Tensor, *, clip: float | No
         b = vectors @ ((vectors.T @ b) / (1 - bounded))
     delta = torch.linalg.solve_triangular(factor.T, b.unsqueeze(1), upper=True).squeeze(1)
     return NewtonStep(delta=delta, max_leverage=top, num_high=high)
+
+
+def _refuse_nonfinite(*tensors: Tensor) -> None:
+    for name, tensor in zip(
+        ("recorded curvature", "forget set's curvature", "forget set's gradient"), tensors, strict=True
+    ):
+        if not bool(torch.isfinite(tensor).all()):
+            raise RuntimeError(
+                f"The {name} is not finite: there are NaN or infinite values in the weights, the data or the record. Nothing "
+                "was changed; damping does not help. Check the trained model, and record its curvature again."
+            )
+
+
+def _enough_damping(system: Tensor, rows: Tensor) -> str:
+    """Of what damping is known to be enough: with it, no leverage is above 0.9."""
+    missing = float(torch.linalg.eigvalsh(rows.T @ rows / 0.9 - system)[-1])
+    return f" by {missing:.2g} at least" if missing > 0 else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removal:
+    """What some records take out of a curvature, in its own representation.
+
+    Args:
+        part: Their columns, whole or projected, or their diagonal.
+        trace: The sum of the squares of their columns.
+    """
+
+    part: Tensor
+    trace: float
 
 
 class Curvature(ABC):
@@ -123,15 +155,31 @@ class Curvature(ABC):
         """Whether pass ``number`` needs no more columns."""
         return False
 
+    def removal(self, chunks: Iterable[Tensor]) -> Removal:
+        """What columns, given as rows ``(r, p)`` in chunks, would take out."""
+        parts, trace = [], 0.0
+        for rows in chunks:
+            parts.append(self._reduced(rows))
+            trace += float(rows.double().square().sum())
+        if not parts:
+            raise ValueError("There is no record to remove.")
+        return Removal(part=self._joined(parts), trace=trace)
+
     @abstractmethod
-    def newton_step(self, rows: Tensor, rhs: Tensor, ridge: Tensor, *, share: float, clip: float | None) -> NewtonStep:
+    def _reduced(self, rows: Tensor) -> Tensor:
+        """Columns in this representation."""
+
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts)
+
+    @abstractmethod
+    def newton_step(self, removal: Removal, rhs: Tensor, ridge: Tensor, *, clip: float | None) -> NewtonStep:
         """Solve ``(H - U^T U + diag(ridge)) delta = rhs``.
 
         Args:
-            rows: ``U``, the forget set's columns, shape ``(s, p)``.
+            removal: ``U``, the forget set's columns.
             rhs: Shape ``(p,)``.
             ridge: Shape ``(p,)``, positive.
-            share: Of the records, how many remain, in (0, 1): what is left of curvature that is known on average alone.
             clip: As in :func:`solve_without`.
 
         Returns:
@@ -142,7 +190,7 @@ class Curvature(ABC):
         """
 
     @abstractmethod
-    def remove(self, rows: Tensor, share: float) -> None:
+    def remove(self, removal: Removal) -> None:
         """Take columns out again: afterwards it is the sum over the records that remain."""
 
     @abstractmethod
@@ -172,11 +220,7 @@ class FullCurvature(Curvature):
 
     def __init__(self, layout: ParameterLayout) -> None:
         size = layout.numel
-        if size > MOST_FULL:
-            raise ValueError(
-                f"A full matrix for {size:,} parameters takes {8 * size**2 / 2**30:.1f} GiB and {size**3 / 3e12:.1f} "
-                f"TFLOP a step; the most is {MOST_FULL:,}. Use kind='ekfac' or kind='lowrank'."
-            )
+        check_kind("full", size, 1)
         self.matrix = torch.zeros(size, size, dtype=torch.float64)
 
     @override
@@ -186,13 +230,17 @@ class FullCurvature(Curvature):
         self.matrix.addmm_(rows.T, rows)
 
     @override
-    def newton_step(self, rows: Tensor, rhs: Tensor, ridge: Tensor, *, share: float, clip: float | None) -> NewtonStep:
-        system = self.matrix.to(rows.device) + torch.diag(ridge.double())
-        return solve_without(system, rows.double(), rhs.double(), clip=clip)
+    def _reduced(self, rows: Tensor) -> Tensor:
+        return rows.double()
 
     @override
-    def remove(self, rows: Tensor, share: float) -> None:
-        rows = rows.double()
+    def newton_step(self, removal: Removal, rhs: Tensor, ridge: Tensor, *, clip: float | None) -> NewtonStep:
+        system = self.matrix.to(rhs.device) + torch.diag(ridge.double())
+        return solve_without(system, removal.part, rhs.double(), clip=clip)
+
+    @override
+    def remove(self, removal: Removal) -> None:
+        rows = removal.part
         self.matrix = self.matrix.to(rows.device).addmm(rows.T, rows, alpha=-1)
 
     @override
@@ -264,21 +312,32 @@ class LowRankCurvature(Curvature):
             self.basis = self.basis @ vectors[:, kept].to(self.basis)
         self._sum = None
 
-    def _tail(self, trace: float, values: Tensor) -> float:
-        """Mean of the eigenvalues that are not kept."""
-        others = self.basis.shape[0] - len(values)
-        return max(0.0, trace - float(values.sum())) / others if others else 0.0
+    def _tail(self, removal: Removal | None = None) -> float:
+        """Mean of the eigenvalues that are not kept, perhaps without what is removed."""
+        others = self.basis.shape[0] - len(self.values)
+        if not others:
+            return 0.0
+        left: float = self.trace - float(self.values.sum())
+        if removal is not None:
+            left -= removal.trace - removal.part.square().sum().item()
+        mean: float = max(0.0, left) / others
+        return mean
 
     @override
-    def newton_step(self, rows: Tensor, rhs: Tensor, ridge: Tensor, *, share: float, clip: float | None) -> NewtonStep:
-        basis = self.basis.to(rows.device).double()
+    def _reduced(self, rows: Tensor) -> Tensor:
+        inside: Tensor = rows.double() @ self.basis.to(rows.device).double()
+        return inside
+
+    @override
+    def newton_step(self, removal: Removal, rhs: Tensor, ridge: Tensor, *, clip: float | None) -> NewtonStep:
+        basis = self.basis.to(rhs.device).double()
         ridge, rhs = ridge.double(), rhs.double()
-        system = torch.diag(self.values.to(rows.device)) + basis.T @ (ridge.unsqueeze(1) * basis)
+        system = torch.diag(self.values.to(rhs.device)) + basis.T @ (ridge.unsqueeze(1) * basis)
         inside = basis.T @ rhs
-        step = solve_without(system, rows.double() @ basis, inside, clip=clip)
+        step = solve_without(system, removal.part, inside, clip=clip)
         delta = basis @ step.delta
         if basis.shape[1] < basis.shape[0]:
-            elsewhere = ridge + share * self._tail(self.trace, self.values)
+            elsewhere = ridge + self._tail(removal)
             if not bool((elsewhere > 0).all()):
                 raise SingularCurvatureError(
                     "Outside of the leading eigenvectors there is neither curvature nor damping: raise `damping` (tau), or "
@@ -288,19 +347,18 @@ class LowRankCurvature(Curvature):
         return NewtonStep(delta=delta, max_leverage=step.max_leverage, num_high=step.num_high)
 
     @override
-    def remove(self, rows: Tensor, share: float) -> None:
-        basis = self.basis.to(rows.device)
-        inside = rows.double() @ basis.double()
-        values, vectors = torch.linalg.eigh(torch.diag(self.values.to(rows.device)) - inside.T @ inside)
-        self.trace -= float(rows.double().square().sum())
+    def remove(self, removal: Removal) -> None:
+        inside = removal.part
+        values, vectors = torch.linalg.eigh(torch.diag(self.values.to(inside.device)) - inside.T @ inside)
+        self.trace -= removal.trace
         self.values = values.clamp_min(0)
-        self.basis = basis @ vectors.to(basis)
+        self.basis = self.basis.to(inside.device) @ vectors.to(self.basis.dtype)
 
     @override
     def apply(self, vector: Tensor) -> Tensor:
         basis, vector = self.basis.to(vector.device).double(), vector.double()
         inside = basis.T @ vector
-        tail = self._tail(self.trace, self.values)
+        tail = self._tail()
         result: Tensor = basis @ (self.values.to(vector.device) * inside) + tail * (vector - basis @ inside)
         return result
 
@@ -431,36 +489,47 @@ class EKFACCurvature(Curvature):
             self._sums = []
 
     @override
-    def newton_step(self, rows: Tensor, rhs: Tensor, ridge: Tensor, *, share: float, clip: float | None) -> NewtonStep:
+    def _reduced(self, rows: Tensor) -> Tensor:
+        return torch.cat([self._diagonal(block, rows).flatten() for block in self.blocks])
+
+    @override
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        return torch.stack(parts).sum(dim=0)
+
+    def _by_block(self, removal: Removal) -> list[tuple[_Block, Tensor]]:
+        found = torch.split(removal.part, [block.rows * block.columns for block in self.blocks])
+        return [(block, part.view(block.rows, block.columns)) for block, part in zip(self.blocks, found, strict=True)]
+
+    @override
+    def newton_step(self, removal: Removal, rhs: Tensor, ridge: Tensor, *, clip: float | None) -> NewtonStep:
         delta, top, high = torch.zeros_like(rhs, dtype=torch.float64), 0.0, 0
-        for block in self.blocks:
+        for block, removed in self._by_block(removal):
             assert block.values is not None
-            damping = float(ridge[block.parts[0][0]])
-            whole = block.values.to(rows.device) + damping
-            removed = self._diagonal(block, rows)
-            leverages = removed / whole
-            if not bool(torch.isfinite(leverages).all()):
+            _refuse_nonfinite(block.values, removed, rhs)
+            whole = block.values.to(rhs.device) + float(ridge[block.parts[0][0]])
+            if bool((whole <= 0).any()):
                 raise SingularCurvatureError(
                     "The curvature is singular and there is no damping: raise `damping` (tau), for instance to "
                     f"{1e-3 * float(block.values.mean()):.2g}."
                 )
+            leverages = removed / whole
             top, high = max(top, float(leverages.max())), high + int((leverages >= 0.95).sum())
             if clip is not None:
                 removed = removed.minimum(clip * whole)
             elif top > 1 - _SINGULAR:
                 raise SingularCurvatureError(
                     f"The forget set has leverage {top:.6g} on the curvature: what remains is singular. Raise `damping` "
-                    f"(tau), for instance to {1e-3 * float(block.values.mean()):.2g}, or bound leverages with "
+                    f"(tau) by {float((removed / 0.9 - whole).max()):.2g} at least, or bound leverages with "
                     "clip_leverage=True."
                 )
             block.put(block.rotate_back(block.rotate(block.take(rhs.double())) / (whole - removed)), delta)
         return NewtonStep(delta=delta, max_leverage=top, num_high=high)
 
     @override
-    def remove(self, rows: Tensor, share: float) -> None:
-        for block in self.blocks:
+    def remove(self, removal: Removal) -> None:
+        for block, removed in self._by_block(removal):
             assert block.values is not None
-            block.values = (block.values.to(rows.device) - self._diagonal(block, rows)).clamp_min(0)
+            block.values = (block.values.to(removed.device) - removed).clamp_min(0)
 
     @override
     def apply(self, vector: Tensor) -> Tensor:
@@ -497,19 +566,44 @@ def _blocks(layout: ParameterLayout, weight_decay: Sequence[float]) -> list[_Blo
     starts = dict(zip(layout.names, torch.tensor([0, *layout.sizes]).cumsum(0).tolist(), strict=False))
     shapes = dict(zip(layout.names, layout.shapes, strict=True))
     decay = dict(zip(layout.names, weight_decay, strict=True))
-    blocks, taken = [], set()
+    joined = {}
     for name, shape in shapes.items():
-        if name in taken:
+        bias = name.removesuffix("weight") + "bias"
+        same = name.endswith("weight") and len(shape) > 1 and decay.get(bias) == decay[name]
+        if same and shapes[bias] == shape[:1]:
+            joined[name] = bias
+    blocks = []
+    for name, shape in shapes.items():
+        if name in joined.values():
             continue
         rows = shape[0] if shape else 1
         parts = [(starts[name], shape.numel())]
-        bias = name.removesuffix("weight") + "bias"
-        joins = len(shape) > 1 and name.endswith("weight") and bias in shapes and decay[bias] == decay[name]
-        if joins and shapes[bias] == shape[:1] and bias not in taken:
-            parts.append((starts[bias], rows))
-            taken.add(bias)
+        if name in joined:
+            parts.append((starts[joined[name]], rows))
         blocks.append(_Block(rows=rows, columns=sum(size for _, size in parts) // rows, parts=parts))
     return blocks
+
+
+def check_kind(kind: str, numel: int, rank: int) -> None:
+    """Refuse a representation that cannot hold so many parameters, before any work is done.
+
+    Args:
+        kind: As for :func:`make_curvature`.
+        numel: Parameters.
+        rank: Of ``"lowrank"``.
+
+    Raises:
+        ValueError: If it is unknown or too large.
+    """
+    if kind not in ("auto", "full", "ekfac", "lowrank"):
+        raise ValueError(f"`kind` must be 'auto', 'full', 'ekfac' or 'lowrank', got {kind!r}.")
+    if rank < 1:
+        raise ValueError(f"`rank` must be at least 1, got {rank}.")
+    if kind == "full" and numel > MOST_FULL:
+        raise ValueError(
+            f"A full matrix for {numel:,} parameters takes {8 * numel**2 / 2**30:.1f} GiB and {numel**3 / 3e12:.1f} "
+            f"TFLOP a step; the most is {MOST_FULL:,}. Use kind='ekfac' or kind='lowrank'."
+        )
 
 
 def make_curvature(
@@ -532,6 +626,7 @@ def make_curvature(
     Raises:
         ValueError: If the kind is unknown, or cannot hold that many parameters.
     """
+    check_kind(kind, layout.numel, rank)
     if kind == "auto":
         fits = (rank + EXTRA_COLUMNS) * layout.numel * 4 <= _AUTO_LOW_RANK
         kind = "full" if layout.numel <= AUTO_FULL else "lowrank" if fits else "ekfac"
@@ -539,6 +634,4 @@ def make_curvature(
         return FullCurvature(layout)
     if kind == "lowrank":
         return LowRankCurvature(layout, min(rank, layout.numel), seed)
-    if kind == "ekfac":
-        return EKFACCurvature(layout, weight_decay)
-    raise ValueError(f"`kind` must be 'auto', 'full', 'ekfac' or 'lowrank', got {kind!r}.")
+    return EKFACCurvature(layout, weight_decay)

@@ -40,11 +40,13 @@ class ForgetRetainData(Protocol):
         """Rows that the model was trained on at first."""
 
     @property
-    def data_digest(self) -> str:
-        """SHA-256 of the training data."""
+    def data_digest(self) -> str | None:
+        """SHA-256 of the training data; None where retained data must not be read for it and no checkpoint tells it."""
 
-    def batches(self, part: Part, batch_size: int | None = None) -> Iterable[tuple[Tensor, Tensor]]:
-        """All samples of a part once, in the order of their indices."""
+    def batches(
+        self, part: Part | Literal["earlier"], batch_size: int | None = None
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """All samples of a part, or those that earlier requests removed, once, in the order of their indices."""
 
     def serve(self, *parts: Part, in_turn: int | None = None) -> None:
         """Which parts a training batch has, and for how many epochs they come in turn."""
@@ -85,13 +87,19 @@ def forget_retain_data(trainer: pl.Trainer, who: str) -> ForgetRetainData:
     return data
 
 
-def data_digest(data: tuple[Tensor, Tensor]) -> str:
-    """SHA-256 of inputs and labels, with their shapes and dtypes."""
-    digest = hashlib.sha256()
-    for part in data:
-        digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
-        digest.update(part.contiguous().cpu().numpy().tobytes())
-    return digest.hexdigest()
+def earlier_request(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a checkpoint says about the request to forget that it is the result of.
+
+    Args:
+        checkpoint: A Lightning checkpoint.
+
+    Returns:
+        The state of the ``ForgetRetain`` of that run, whatever its class was called, with at least ``forget`` and
+        ``earlier`` (rows of the training data) and ``data_digest``; None if there was none.
+    """
+    needed = {"forget", "earlier", "data_digest"}
+    states = (state for state in checkpoint.values() if isinstance(state, Mapping) and needed <= state.keys())
+    return next(states, None)
 
 
 def indices_digest(indices: Tensor) -> str:

@@ -6,7 +6,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from groundwire.callbacks.information.functional import divergence_to_centroids, log_probs
+from groundwire.callbacks.information.functional import log_probs
+
+IGNORED_LABEL = -100
+"""The label that cross-entropy leaves out."""
+
+
+def counted(labels: Tensor) -> Tensor:
+    """Which labels count, and are not :data:`IGNORED_LABEL`.
+
+    Args:
+        labels: Class indices of any shape, or values, all of which count.
+
+    Returns:
+        Bool, the same shape.
+
+    Example:
+        >>> counted(torch.tensor([[3, -100]]))
+        tensor([[ True, False]])
+    """
+    return torch.ones_like(labels, dtype=torch.bool) if labels.is_floating_point() else labels != IGNORED_LABEL
+
+
+def counted_records(labels: Tensor) -> Tensor:
+    """Which records have a label that counts, at one position at least.
+
+    Args:
+        labels: Shape ``(B, ...)``.
+
+    Returns:
+        Bool, shape ``(B,)``.
+
+    Example:
+        >>> counted_records(torch.tensor([[3, -100], [-100, -100]]))
+        tensor([ True, False])
+    """
+    return counted(labels).reshape(len(labels), -1).any(dim=1)
 
 
 def record_nll(logits: Tensor, labels: Tensor) -> Tensor:
@@ -65,16 +100,37 @@ def npo_loss(nll: Tensor, reference_nll: Tensor, beta: float) -> Tensor:
     return -2 / beta * F.logsigmoid(beta * (nll - reference_nll)).mean()
 
 
-def kl_to_teacher(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """``D(p || q)`` at each position. A class of probability 0 under ``p`` adds nothing, whatever ``q`` says of it.
+
+    Args:
+        log_p: Log-probabilities, shape ``(..., C)``; ``-inf`` rules a class out.
+        log_q: The same shape.
+
+    Returns:
+        Shape ``(...)``, nats; infinite where ``q`` rules out what ``p`` does not.
+
+    Example:
+        >>> divergence(torch.tensor([0.0, -torch.inf]), torch.tensor([0.5, 0.5]).log())
+        tensor(0.6931)
+    """
+    p = log_p.exp()
+    possible = p > 0
+    difference = log_p.where(possible, 0.0) - log_q.where(possible, 0.0)  # else -inf minus -inf, and its gradient
+    return (p * difference).sum(dim=-1)
+
+
+def kl_to_teacher(student: Tensor, teacher: Tensor, temperature: float = 1.0, labels: Tensor | None = None) -> Tensor:
     """``T^2 D(softmax(teacher / T) || softmax(student / T))`` of each record.
 
     Args:
-        student: Logits, shape ``(B, C)``, or ``(B, T, C)`` for sequences.
+        student: Logits, shape ``(B, C)``, or ``(B, T, C)`` for sequences; ``-inf`` rules a class out.
         teacher: Logits, the same shape.
         temperature: ``T``.
+        labels: Shape ``(B,)`` or ``(B, T)``; positions whose label is -100 are left out. None counts all.
 
     Returns:
-        Shape ``(B,)``, nats times ``T^2``; the mean over the positions of a sequence.
+        Shape ``(B,)``, nats times ``T^2``; the mean over the positions of a sequence that count, 0 where none does.
 
     Raises:
         ValueError: If the shapes differ.
@@ -85,8 +141,14 @@ def kl_to_teacher(student: Tensor, teacher: Tensor, temperature: float = 1.0) ->
     """
     if student.shape != teacher.shape:
         raise ValueError(f"Student and teacher must agree in shape, got {list(student.shape)}, {list(teacher.shape)}.")
-    each = divergence_to_centroids(log_probs(teacher, 1 / temperature), log_probs(student, 1 / temperature))
-    return temperature**2 * each.reshape(len(student), -1).mean(dim=1)
+    each = divergence(log_probs(teacher, 1 / temperature), log_probs(student, 1 / temperature))
+    if labels is None:
+        return temperature**2 * each.reshape(len(student), -1).mean(dim=1)
+    if labels.shape != each.shape:
+        raise ValueError(f"Labels {list(each.shape)} belong to logits {list(student.shape)}, got {list(labels.shape)}.")
+    of_record = counted(labels).reshape(len(student), -1)
+    total = each.reshape(len(student), -1).where(of_record, 0.0).sum(dim=1)
+    return temperature**2 * total / of_record.sum(dim=1).clamp_min(1)
 
 
 def wrong_labels(labels: Tensor, num_classes: int, uniforms: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -55,6 +56,8 @@ class GradientAscent(IterativeMethod):
         super().__init__(checkpoint)
         if isinstance(max_forget_loss, str) and max_forget_loss != "chance":
             raise ValueError(f"`max_forget_loss` must be 'chance', a number or None, got {max_forget_loss!r}.")
+        if isinstance(max_forget_loss, int | float) and not 0 < max_forget_loss < math.inf:
+            raise ValueError(f"`max_forget_loss` must be positive and finite, got {max_forget_loss}; None never stops.")
         self.max_forget_loss = max_forget_loss
         self.source = source or LogitsSource()
         self.has_stopped = False
@@ -134,8 +137,10 @@ class GradDiff(IterativeMethod):
 
     def __init__(self, checkpoint: str | Path | None = None, gamma: float = 1.0) -> None:
         super().__init__(checkpoint)
-        if gamma < 0:
-            raise ValueError(f"`gamma` must be at least 0, got {gamma}: the sign of the ascent is in the method.")
+        if not 0 <= gamma < math.inf:
+            raise ValueError(
+                f"`gamma` must be at least 0 and finite, got {gamma}: the sign of the ascent is in the method."
+            )
         self.gamma = gamma
 
     @override

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,10 @@ class NPO(IterativeMethod):
         source: LogitsSource | None = None,
     ) -> None:
         super().__init__(checkpoint)
-        if not beta > 0:
-            raise ValueError(f"`beta` must be above 0, got {beta}; GradientAscent is its limit at 0.")
-        if alpha < 0:
-            raise ValueError(f"`alpha` must be at least 0, got {alpha}.")
+        if not 0 < beta < math.inf:
+            raise ValueError(f"`beta` must be above 0 and finite, got {beta}; GradientAscent is its limit at 0.")
+        if not 0 <= alpha < math.inf:
+            raise ValueError(f"`alpha` must be at least 0 and finite, got {alpha}.")
         self.beta = beta
         self.alpha = alpha
         self.source = source or LogitsSource()

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from groundwire.callbacks.logits import LogitsSource
 from groundwire.callbacks.step import Step, loss_of
-from groundwire.callbacks.unlearning.base import IterativeMethod, chance_level
+from groundwire.callbacks.unlearning.base import IterativeMethod, chance_level, num_records
 from groundwire.callbacks.unlearning.ofmu_functional import (
     PhiGradient,
     add_,
@@ -48,12 +48,10 @@ class OFMU(IterativeMethod):
 
     What the penalty does: it vanishes at a minimum of Phi as well as at a maximum, and the trained weights, where the
     forget loss is flat, nearly are one. All forgetting comes from the inner ascent; the penalty pulls back to the trained
-    weights, the more the larger ``rho`` is. Of a class of the digits (64-64-10 network, SGD at 0.5, 100 steps), 2 % are
-    still recognised with ``rho=0``, 4 % with 1e-6, 23 % with 1e-5, 60 % with 1e-4, and all with 1e-2. That needs the
-    Trainer's ``gradient_clip_val=1.0``, too: the penalty is stiff, and without clipping the outer step diverges where
-    the learning rate times ``rho`` exceeds the inverse square of Phi's largest curvature, which looks like forgetting and
-    is damage. So leave it small. Without penalty and similarity (``beta=0, rho=0``) the method is an alternation of
-    clipped ascent and descent, which is a strong baseline (here it forgets as much) and as cheap as a step on both parts.
+    weights, the more the larger ``rho`` is. Set the Trainer's ``gradient_clip_val`` with a large one: the penalty is stiff,
+    and without clipping the outer step diverges where the learning rate times ``rho`` exceeds the inverse square of Phi's
+    largest curvature, which looks like forgetting and is damage. So leave it small. Without penalty and similarity (``beta=0, rho=0``) the method is an alternation of
+    clipped ascent and descent, which is a strong baseline and the cheapest.
 
     A step gives the forget batch to the module ``inner_steps`` times, and three times more where ``rho`` is not 0
     (``grad Phi`` at the weights reached, and on both sides of them for its central difference); the retain batch as
@@ -61,8 +59,7 @@ class OFMU(IterativeMethod):
     each starts from the same state of the random generators, the same dropout masks. Only the last one, of the retain
     batch, counts: what the others do to buffers (BatchNorm statistics), to metrics, to the random generators and to
     ``self.log`` is taken back; attributes that the step itself writes are not. They run without autocast, as finite
-    differences would drown in its rounding. In all, with one ascent, similarity and penalty a step takes 8 to 11 times as
-    long as one on both parts, without penalty 2.5 to 3 times.
+    differences would drown in its rounding.
 
     Under DDP the gradients are averaged over the processes before their cosine is taken, so all processes make the same
     ascents.
@@ -306,7 +303,7 @@ class OFMU(IterativeMethod):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self.records_read["forget"] -= len(batch["forget"][1])  # counted where they are evaluated
+        self.records_read["forget"] -= num_records(batch["forget"])  # counted where they are evaluated
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

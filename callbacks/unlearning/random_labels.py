@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,8 @@ class RandomLabels(IterativeMethod):
         super().__init__(checkpoint)
         if num_classes is not None and num_classes < 2:
             raise ValueError(f"`num_classes` must be at least 2, got {num_classes}.")
-        if alpha < 0:
-            raise ValueError(f"`alpha` must be at least 0, got {alpha}.")
+        if not 0 <= alpha < math.inf:
+            raise ValueError(f"`alpha` must be at least 0 and finite, got {alpha}.")
         self.num_classes = num_classes
         self.alpha = alpha
         self.source = source or LogitsSource()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from groundwire.callbacks.logits import LogitsSource
 from groundwire.callbacks.step import Step
+from groundwire.callbacks.unlearning.functional import counted
 from groundwire.callbacks.unlearning.records import evaluating
 
 
@@ -90,7 +91,7 @@ def num_classes_of(outputs: Tensor, source: LogitsSource) -> int:
 
 
 def count_errors(trainer: pl.Trainer, module: nn.Module, batches: Iterable[Any], source: LogitsSource) -> Tensor:
-    """Count wrong predictions, in evaluation mode.
+    """Count wrong predictions, in evaluation mode; positions whose label is -100 are left out.
 
     Args:
         trainer: Moves the batches.
@@ -99,7 +100,7 @@ def count_errors(trainer: pl.Trainer, module: nn.Module, batches: Iterable[Any],
         source: Where logits and labels are.
 
     Returns:
-        Wrong predictions and labels, shape ``(2,)``, float64.
+        Wrong predictions and labels that count, shape ``(2,)``, float64.
     """
     counts = torch.zeros(2, dtype=torch.float64)
     with evaluating(module), torch.no_grad():
@@ -109,7 +110,9 @@ def count_errors(trainer: pl.Trainer, module: nn.Module, batches: Iterable[Any],
             with trainer.precision_plugin.forward_context():
                 found = raw_logits(module, inputs, source)
             logits, labels = _prepared(source, found, labels, check=False)
-            counts += torch.tensor([int((logits.argmax(dim=-1) != labels).sum()), labels.numel()])
+            asked = counted(labels)
+            wrong = (logits.argmax(dim=-1) != labels) & asked
+            counts += torch.tensor([int(wrong.sum()), int(asked.sum())])
     return counts
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,13 +12,15 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
 from groundwire.callbacks.logits import LogitsSource
 from groundwire.callbacks.reporting import ResumableCheckpoint
-from groundwire.callbacks.training_data import training_tensors
+from groundwire.callbacks.reporting.progress import ShowProgress, work_progress
+from groundwire.callbacks.training_data import TrainingSamples, training_samples
+from groundwire.callbacks.unlearning.base import OneShotMethod
 from groundwire.callbacks.unlearning.curvature import (
     AUTO_FULL,
     Curvature,
@@ -25,19 +28,19 @@ from groundwire.callbacks.unlearning.curvature import (
     EKFACCurvature,
     FullCurvature,
     LowRankCurvature,
+    check_kind,
     make_curvature,
 )
-from groundwire.callbacks.unlearning.data import data_digest, tells_what_to_forget
-from groundwire.callbacks.unlearning.records import OutputLoss, Records
+from groundwire.callbacks.unlearning.data import tells_what_to_forget
+from groundwire.callbacks.unlearning.records import OutputLoss, Records, warn_of_batchnorm
 from groundwire.callbacks.weights import fingerprint
 from groundwire.plugins.edge import EdgeStrategy
 from groundwire.plugins.edge.layout import ParameterLayout
-from groundwire.plugins.random import root_seed
+from groundwire.plugins.random import root_seed, stream
 
 KEY = "curvature"
 """Where a Lightning checkpoint has the record."""
 
-Batches = Iterable[tuple[Any, Tensor]]
 _KINDS: dict[str, type[Curvature]] = {c.kind: c for c in (FullCurvature, LowRankCurvature, EKFACCurvature)}
 
 
@@ -49,24 +52,31 @@ class CurvatureRecord:
         curvature: Sum over the records of their Gauss-Newton matrices.
         gradient: Sum over the records of their gradients, and of ``num_records * weight_decay * weights``: shape
             ``(p,)``, zero at an exact optimum.
-        squared_gradients: Mean over the records of their squared gradients, shape ``(p,)``.
+        squared_gradients: Mean over the records of their squared gradients, shape ``(p,)``; None once some are forgotten.
         num_records: ``n``.
         weight_decay: ``lb``, by parameter: the objective is the mean loss ``+ lb / 2 |theta|^2``.
         weights: Fingerprint of the weights to which it belongs.
+        recorded_at: The trained parameters when it was recorded, shape ``(p,)``: where the columns of records have to be
+            taken to be those that are in the sum.
         data_sha256: Hash of the training data.
+        row_digests: Of each row of the training data, shape ``(N, 16)``, uint8; zeros for those that are not in the record.
         draws: Labels drawn a record, None for an exact output Hessian.
         seed: Of these draws.
+        seconds: How long the recording took.
     """
 
     curvature: Curvature
     gradient: Tensor
-    squared_gradients: Tensor
+    squared_gradients: Tensor | None
     num_records: int
     weight_decay: dict[str, float]
     weights: str
-    data_sha256: str
+    recorded_at: Tensor
+    data_sha256: str | None = None
+    row_digests: Tensor | None = None
     draws: int | None = None
     seed: int = 0
+    seconds: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Tensors and plain values, for a checkpoint."""
@@ -111,6 +121,7 @@ def record_curvature(
     weight_decay: Mapping[str, float] | None = None,
     rank: int = 200,
     batch_size: int = 100,
+    progress: ShowProgress | None = None,
 ) -> CurvatureRecord:
     """Go through the training data, and keep what unlearning needs of it.
 
@@ -123,9 +134,10 @@ def record_curvature(
         weight_decay: Of each parameter; none by default.
         rank: Of ``"lowrank"``.
         batch_size: Records at a time.
+        progress: Is told what is done, and which share of it.
 
     Returns:
-        The record.
+        The record, without the data's hashes.
 
     Raises:
         ValueError: If there is no record, or the representation cannot hold that many parameters.
@@ -143,30 +155,36 @@ def record_curvature(
     decay = {name: float((weight_decay or {}).get(name, 0.0)) for name in layout.names}
     curvature = make_curvature(kind, layout, list(decay.values()), rank, records.seed)
     ids = torch.arange(len(labels)) if ids is None else ids
+    order = torch.randperm(len(labels), generator=stream(records.seed, purpose="unlearning/order"))  # for sampled bases
+    started = time.perf_counter()
     gradient = torch.zeros(layout.numel, dtype=torch.float64)
     squares = torch.zeros(layout.numel, dtype=torch.float64)
+    done = 0
     for number in range(curvature.num_passes):
-        for rows in _slices(len(labels), batch_size):
+        for rows in torch.split(order, batch_size):
             batch = (inputs[rows], labels[rows])
             if number == 0:
-                found = records.gradients(batch).double().cpu()
-                gradient += found.sum(dim=0)
-                squares += found.square().sum(dim=0)
+                for found in records.gradient_chunks(batch):
+                    gradient += found.double().sum(dim=0).cpu()
+                    squares += found.double().square().sum(dim=0).cpu()
             if not curvature.has_enough(number):
                 for columns in records.chunks(batch, ids[rows]):
                     curvature.observe(columns, number)
+            if progress is not None:
+                done += len(rows)
+                progress("Curvature", done / (curvature.num_passes * len(labels)))
         curvature.end_pass(number)
-    lb = decay_vector(layout, decay)
     return CurvatureRecord(
         curvature=curvature,
-        gradient=gradient + len(labels) * lb * records.vector().double().cpu(),
+        gradient=gradient + len(labels) * decay_vector(layout, decay) * records.vector().double().cpu(),
         squared_gradients=squares / len(labels),
         num_records=len(labels),
         weight_decay=decay,
         weights=fingerprint(module.state_dict()),
-        data_sha256=data_digest((inputs, labels)),
+        recorded_at=records.vector().cpu(),
         draws=records.draws,
         seed=records.seed,
+        seconds=time.perf_counter() - started,
     )
 
 
@@ -176,20 +194,16 @@ def decay_vector(layout: ParameterLayout, weight_decay: Mapping[str, float]) -> 
     return values.repeat_interleave(torch.tensor(layout.sizes))
 
 
-def _slices(number: int, size: int) -> Iterator[slice]:
-    for start in range(0, number, size):
-        yield slice(start, start + size)
-
-
 class CurvatureRecorder(pl.Callback):
     """Records at the end of training what unlearning without the retained data needs, and puts it into the checkpoint.
 
     The record has the curvature of all training samples, the sum of their gradients and the mean of their squares, and
-    is found under ``"curvature"`` in checkpoints that are saved after the training: the last one of
-    ``ResumableCheckpoint``; for others, ``curvature.ckpt`` is written beside theirs. A training that is over already is
+    goes under ``"curvature"`` into the last file of ``ResumableCheckpoint``; beside other checkpoints, ``curvature.ckpt``
+    is written. It is made when the fit is over and its own checkpoint is safe. A training that is over already is
     recorded by resuming it with this callback: nothing is trained then.
 
-    The data is gone through without augmentation and shuffling. On several processes the first one records.
+    The data is gone through without augmentation. Of ``Federated``, all devices' samples are recorded; on
+    ``ForgetRetain``, the retained ones, on which ``Retrain`` and others train. On several processes the first one records.
 
     Args:
         kind: Representation of the curvature: see :func:`record_curvature`.
@@ -228,10 +242,9 @@ class CurvatureRecorder(pl.Callback):
         batch_size: int = 100,
         seed: int | None = None,
     ) -> None:
-        if kind not in ("auto", *_KINDS):
-            raise ValueError(f"`kind` must be 'auto', 'full', 'ekfac' or 'lowrank', got {kind!r}.")
-        if rank < 1 or batch_size < 1:
-            raise ValueError(f"`rank` and `batch_size` must be at least 1, got {rank} and {batch_size}.")
+        check_kind(kind, 0, rank)
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         self.kind: Literal["auto", "full", "ekfac", "lowrank"] = kind
         self.rank = rank
         self.weight_decay = weight_decay
@@ -241,57 +254,71 @@ class CurvatureRecorder(pl.Callback):
         self.batch_size = batch_size
         self.seed = seed
         self.record: CurvatureRecord | None = None
-        self._has_recorded = False  # on all processes; the record is on the first alone
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self.record, self._has_recorded = None, False
+        self.record = None
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy | EdgeStrategy):
             raise MisconfigurationException(
                 f"CurvatureRecorder needs all parameters on one device, got {type(trainer.strategy).__name__}: record "
                 "afterwards, by resuming the finished run on one device."
             )
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        one_shot = [type(c).__name__ for c in callbacks if isinstance(c, OneShotMethod)]
+        if one_shot:
+            raise MisconfigurationException(
+                f"CurvatureRecorder would record what {one_shot[0]} has just removed: WINU keeps its own record up to date. "
+                "Take CurvatureRecorder out."
+            )
+        records = self._records(pl_module)  # what is wrong shows before the training, not after it
+        check_kind(self.kind, records.layout.numel, self.rank)
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.interrupted:
-            self._record(trainer, pl_module)
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        _samples(trainer)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        recorded_now = not self._has_recorded
-        if recorded_now:  # the training was over before
-            self._record(trainer, pl_module)
+        if trainer.global_rank == 0:
+            pl_module.to(trainer.strategy.root_device)  # Lightning has moved it away
+            self.record = self._recorded(trainer, pl_module)
+        trainer.strategy.barrier()
+        warn_of_batchnorm(pl_module)
         keepers = trainer.checkpoint_callbacks
-        resumable = [keeper for keeper in keepers if isinstance(keeper, ResumableCheckpoint)]
-        if not keepers or (resumable and not recorded_now):
+        if not keepers:
             return
+        resumable = [keeper for keeper in keepers if isinstance(keeper, ResumableCheckpoint)]
         folder = getattr(keepers[0], "dirpath", None) or Path(trainer.default_root_dir) / "checkpoints"
         path = resumable[0].path(trainer) if resumable else Path(folder) / "curvature.ckpt"
         trainer.save_checkpoint(path)
         rank_zero_info(f"Checkpoint with curvature: {path}")
 
-    def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_rank == 0:
-            seed = root_seed(self.seed)
-            records = Records(pl_module, self.output_loss, self.source, None, self.draws, seed)
-            if self.kind == "full" or (self.kind == "auto" and records.layout.numel <= AUTO_FULL):
-                records.dtype = torch.float64
-            data, ids = _training_data(trainer)
-            self.record = record_curvature(
+    def _records(self, pl_module: pl.LightningModule) -> Records:
+        records = Records(pl_module, self.output_loss, self.source, None, self.draws, root_seed(self.seed))
+        if self.kind == "full" or (self.kind == "auto" and records.layout.numel <= AUTO_FULL):
+            records.dtype = torch.float64
+        return records
+
+    def _recorded(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> CurvatureRecord:
+        records = self._records(pl_module)
+        samples, rows = _samples(trainer)
+        with work_progress(trainer, "Curvature") as progress:
+            record = record_curvature(
                 records,
-                data,
+                samples.fetch(rows),
                 kind=self.kind,
-                ids=ids,
+                ids=rows,
                 weight_decay=self._decay(trainer, pl_module, records.layout),
                 rank=self.rank,
                 batch_size=self.batch_size,
+                progress=progress,
             )
-            warn_of_batchnorm(pl_module)
-        self._has_recorded = True
-        trainer.strategy.barrier()
+        record.data_sha256 = samples.digest()
+        record.row_digests = torch.zeros(len(samples), 16, dtype=torch.uint8)
+        record.row_digests[rows] = samples.row_digests(rows)
+        return record
 
     def _decay(self, trainer: pl.Trainer, module: nn.Module, layout: ParameterLayout) -> dict[str, float]:
         if self.weight_decay is not None:
@@ -312,35 +339,25 @@ class CurvatureRecorder(pl.Callback):
             checkpoint[KEY] = self.record.as_dict()
 
 
-def _training_data(trainer: pl.Trainer) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """All samples that the model was trained on, and their rows in the training data."""
+def _samples(trainer: pl.Trainer) -> tuple[TrainingSamples, Tensor]:
+    """The training data, and the rows of it that the model was trained on."""
     datamodule = getattr(trainer, "datamodule", None)
     if tells_what_to_forget(datamodule):
-        parts = [part for name in ("forget", "retain") for part in datamodule.batches(name)]
-        x, y = (torch.cat(one) for one in zip(*parts, strict=True))
-        return (x, y), torch.cat([datamodule.forget_indices, datamodule.retain_indices])
-    holder: Any = datamodule
-    if holder is None:
-        holder = _Loaders(trainer)
-    x, y = training_tensors(holder, "CurvatureRecorder")
-    return (x, y), torch.arange(len(y))
+        samples = training_samples(getattr(datamodule, "datamodule", datamodule), "CurvatureRecorder")
+        return samples, datamodule.retain_indices
+    # the train loader as it was given: under DDP, Lightning has put a sampler of its own into the one that it uses
+    source = datamodule if datamodule is not None else trainer.fit_loop._data_source.instance
+    samples = training_samples(
+        _Given(source) if not hasattr(source, "train_dataloader") else source, "CurvatureRecorder"
+    )
+    return samples, samples.trained_on
 
 
-class _Loaders:
-    """The train loader that was passed to ``fit``, where there is no datamodule."""
+class _Given:
+    """A train loader that was passed to ``fit``."""
 
-    def __init__(self, trainer: pl.Trainer) -> None:
-        self.trainer = trainer
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
 
     def train_dataloader(self) -> Any:
-        loader = self.trainer.train_dataloader
-        return loader if loader is not None else self.trainer.fit_loop._data_source.dataloader()
-
-
-def warn_of_batchnorm(module: nn.Module) -> None:
-    """Say that running statistics remember the forget set."""
-    if any(isinstance(sub, nn.modules.batchnorm._NormBase) and sub.track_running_stats for sub in module.modules()):
-        rank_zero_warn(
-            f"{type(module).__name__} has BatchNorm: its running statistics hold traces of every training sample, and a "
-            "one-shot method leaves them. Use GroupNorm (see groundwire.callbacks.privacy.DPSGD(fix=True))."
-        )
+        return self._loader

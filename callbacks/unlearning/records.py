@@ -27,6 +27,7 @@ from groundwire.plugins.random import stream
 OutputLoss = Callable[[Tensor, Tensor], Tensor]
 """The loss of ONE record from its outputs and its label: a scalar, convex in the outputs."""
 
+_IGNORED = -100  # a label that cross-entropy leaves out
 _MOST_OUTPUTS = 256  # of a record, for an exact output Hessian
 _CHUNK_BYTES = 128 * 2**20
 
@@ -61,14 +62,16 @@ class Records:
     Args:
         module: Its ``forward`` takes the inputs of a batch; rows are independent.
         loss: Of one record, from its outputs; by default :func:`default_output_loss`.
-        source: Where inputs and labels of a batch are found.
+        source: Where inputs and labels of a batch are found; outputs are those of the module's ``forward``.
         dtype: In which to compute; by default that of the parameters.
         draws: None for the exact output Hessian of a record, or the number of labels drawn from the model's own
             prediction that stand in for it (cross-entropy only): for vocabularies.
         seed: Root seed of these draws; a record's draws depend on it and on the record's id alone.
+        at: Weights at which to differentiate, shape ``(p,)``; by default the module's own.
 
     Raises:
         ValueError: If ``draws`` is below 1, or given together with a loss of one's own, or no parameter is trainable.
+        MisconfigurationException: If ``source`` names a submodule or a call.
 
     Example:
         >>> records = Records(nn.Linear(3, 2))
@@ -85,11 +88,17 @@ class Records:
         dtype: torch.dtype | None = None,
         draws: int | None = None,
         seed: int = 0,
+        at: Tensor | None = None,
     ) -> None:
         if draws is not None and draws < 1:
             raise ValueError(f"`draws` must be at least 1, got {draws}; None computes the output Hessian exactly.")
         if draws is not None and loss is not None:
             raise ValueError("`draws` are labels of a cross-entropy: leave `loss` at its default, or `draws` at None.")
+        if source is not None and (source.submodule or source.call != "last"):
+            raise MisconfigurationException(
+                "Derivatives of single records are those of the outputs of `forward`: leave `submodule` and `call` of the "
+                "LogitsSource at their defaults, and let `forward` give the logits."
+            )
         self.module = module
         self.loss = loss or default_output_loss
         self.source = source or LogitsSource()
@@ -97,12 +106,16 @@ class Records:
         self.dtype = dtype or self.layout.dtype
         self.draws = draws
         self.seed = seed
+        self.at = at
         self._is_convex = True
 
     # ---------------------------------------------------------------- parts of the module
 
     def parameters(self) -> dict[str, Tensor]:
-        """The trainable parameters, detached, in ``dtype``."""
+        """The trainable parameters, detached, in ``dtype``: the module's, or those of ``at``."""
+        if self.at is not None:
+            parts = torch.split(self.at.to(next(self.module.parameters()).device, self.dtype), self.layout.sizes)
+            return {n: part.view(s) for n, s, part in zip(self.layout.names, self.layout.shapes, parts, strict=True)}
         named = dict(self.module.named_parameters())
         return {name: named[name].detach().to(self.dtype) for name in self.layout.names}
 
@@ -220,11 +233,23 @@ class Records:
             some = pytree.tree_map(operator.itemgetter(part), inputs)
             yield self._columns_of(some, labels[part], None if ids is None else ids[part]).flatten(0, 1)
 
+    def gradient_chunks(self, batch: Any) -> Iterator[Tensor]:
+        """:meth:`gradients` of a batch, as rows ``(b, p)`` of few records at a time, so that they fit into memory."""
+        inputs, labels = self.inputs_and_labels(batch)
+        size = max(1, _CHUNK_BYTES // (self.layout.numel * torch.finfo(self.dtype).bits // 8))
+        pairs = self._of_pairs()
+        for start in range(0, len(labels), size):
+            part = slice(start, start + size)
+            yield pairs.gradients((pytree.tree_map(operator.itemgetter(part), inputs), labels[part]))
+
+    def _of_pairs(self) -> Records:
+        """The same, for batches that are pairs of inputs and labels."""
+        pairs = copy.copy(self)
+        pairs.source = LogitsSource.of_pairs(self.source)
+        return pairs
+
     def _columns_of(self, inputs: Any, labels: Tensor, ids: Tensor | None) -> Tensor:
-        plain = copy.copy(self)
-        plain.source = LogitsSource(
-            unpack=lambda pair: pair, from_probs=self.source.from_probs, binary=self.source.binary
-        )
+        plain = self._of_pairs()
         found = plain.columns((inputs, labels), ids)
         self._is_convex = plain._is_convex
         return found
@@ -283,7 +308,9 @@ class Records:
         probs = outputs.reshape(len(outputs), 1, positions, -1).softmax(dim=-1)
         label = (probs.cumsum(dim=-1) < uniform.unsqueeze(-1)).sum(dim=-1).clamp_max(probs.shape[-1] - 1)
         residual = probs - F.one_hot(label, probs.shape[-1])
-        scaled = residual / (positions * self.draws) ** 0.5
+        counted = (labels.reshape(len(outputs), positions) != _IGNORED).to(outputs)  # cross-entropy is their mean
+        weight = (counted / (counted.sum(dim=1, keepdim=True).clamp_min(1) * self.draws)).sqrt()
+        scaled = residual * weight.reshape(len(outputs), 1, positions, 1)
         factors: Tensor = scaled.reshape(len(outputs), self.draws, *outputs.shape[1:])
         return factors
 
@@ -330,3 +357,12 @@ def loss_of_step(pl_module: pl.LightningModule, batch: Any) -> float:
             del pl_module.__dict__[name]
             if value is not None:
                 pl_module.__dict__[name] = value
+
+
+def warn_of_batchnorm(module: nn.Module) -> None:
+    """Say that running statistics remember the forget set."""
+    if any(isinstance(sub, nn.modules.batchnorm._NormBase) and sub.track_running_stats for sub in module.modules()):
+        rank_zero_warn(
+            f"{type(module).__name__} has BatchNorm: its running statistics hold traces of every training sample, and a "
+            "one-shot method leaves them. Use GroupNorm (see groundwire.callbacks.privacy.DPSGD(fix=True))."
+        )

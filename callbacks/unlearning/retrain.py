@@ -17,7 +17,7 @@ from groundwire.callbacks.weights import fingerprint
 class Retrain(IterativeMethod):
     """The model that never saw the forget set: trains the module's own initial weights on the retained data.
 
-    What every other method is compared with. Give the Trainer as many steps as the original training had. Logs
+    What every other method is compared with. Give the Trainer as many epochs as the original training had. Logs
     ``train/retain_loss``.
 
     Args:

@@ -19,7 +19,7 @@ from groundwire.callbacks.logits import LogitsSource
 from groundwire.callbacks.reporting import ResumableCheckpoint
 from groundwire.callbacks.step import Step, loss_of, with_loss
 from groundwire.callbacks.unlearning.base import IterativeMethod
-from groundwire.callbacks.unlearning.functional import kl_to_teacher
+from groundwire.callbacks.unlearning.functional import counted, counted_records, kl_to_teacher
 from groundwire.callbacks.unlearning.reading import count_errors, original_logits, read_step
 
 _LOGGED = ("forget_kl", "forget_loss", "retain_kl", "retain_loss")
@@ -37,7 +37,7 @@ class SCRUB(IterativeMethod):
     error on the forget set is measured and the weights are kept in memory and in checkpoints. At the end of the fit, the
     last weights' error on the validation samples with labels that the forget set has (of token labels: on all of them)
     stands in for that of a model that never saw the forget set, and the weights of the epoch whose forget error was
-    closest to it are put back (the earliest of equals). ``ResumableCheckpoint`` saves after that; a ModelCheckpoint's
+    closest to it are put back (the earliest of equals). Labels of -100 count nowhere. ``ResumableCheckpoint`` saves after that; a ModelCheckpoint's
     files hold the last epoch's weights.
 
     Logs ``train/forget_kl`` and ``train/forget_loss``, or ``train/retain_kl`` and ``train/retain_loss``;
@@ -79,12 +79,12 @@ class SCRUB(IterativeMethod):
         source: LogitsSource | None = None,
     ) -> None:
         super().__init__(checkpoint)
-        if alpha < 0 or gamma < 0:
-            raise ValueError(f"`alpha` and `gamma` must be at least 0, got {alpha} and {gamma}.")
+        if not 0 <= alpha < math.inf or not 0 <= gamma < math.inf:
+            raise ValueError(f"`alpha` and `gamma` must be at least 0 and finite, got {alpha} and {gamma}.")
         if msteps < 0:
             raise ValueError(f"`msteps` must be at least 0, got {msteps}.")
-        if not temperature > 0:
-            raise ValueError(f"`temperature` must be above 0, got {temperature}.")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"`temperature` must be above 0 and finite, got {temperature}.")
         self.alpha = alpha
         self.gamma = gamma
         self.msteps = msteps
@@ -106,7 +106,7 @@ class SCRUB(IterativeMethod):
         if stage == "fit":
             self.data.serve("forget", "retain", in_turn=self.msteps)
             self.forget_errors, self._kept, self.rewound_to = [], [], None
-            if self.rewind and next(self._held_out(trainer), None) is None:
+            if self.rewind and not any(bool(counted(y).any()) for _, y in self._held_out(trainer)):
                 raise MisconfigurationException(
                     "SCRUB(rewind=True) needs validation samples with the labels of the forget set, and there is none: "
                     "give the datamodule validation data, or set rewind=False."
@@ -120,7 +120,8 @@ class SCRUB(IterativeMethod):
             return None
         assert self.original is not None
         teacher = original_logits(self.original, reading, self.source)
-        kl = kl_to_teacher(reading.logits, teacher, self.temperature).mean()
+        each = kl_to_teacher(reading.logits, teacher, self.temperature, reading.labels)
+        kl = each.sum() / counted_records(reading.labels).sum().clamp_min(1)
         own_loss = loss_of(reading.output)
         found = {f"{part}_kl": kl, f"{part}_loss": own_loss}
         # what is not logged anew would be logged again with its old value
@@ -141,8 +142,11 @@ class SCRUB(IterativeMethod):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self.rewind or not self._kept:
-            return
+        if self.rewind and self._kept:
+            self._rewind(trainer, pl_module)
+        super().on_train_end(trainer, pl_module)
+
+    def _rewind(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         counts = count_errors(trainer, pl_module, self._held_out(trainer), self.source)
         wrong, total = trainer.strategy.reduce(counts.float().to(pl_module.device), reduce_op="sum").tolist()
         gaps = [abs(error - wrong / total) for error in self.forget_errors]
@@ -164,7 +168,7 @@ class SCRUB(IterativeMethod):
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         if not is_overridden("val_dataloader", datamodule):
             return
-        labels = torch.cat([y for _, y in self.data.batches("forget")])
+        labels = torch.cat([y[counted_records(y)] for _, y in self.data.batches("forget")])
         loaders: Any = datamodule.val_dataloader()
         for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
             yield from _with_labels(loader, labels) if labels.ndim == 1 else loader

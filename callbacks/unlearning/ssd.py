@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,6 @@ from groundwire.callbacks.unlearning.data import ForgetRetainData
 from groundwire.callbacks.unlearning.functional import ssd_dampen
 from groundwire.callbacks.unlearning.records import OutputLoss, Records
 from groundwire.callbacks.weights import read_checkpoint
-
-_CHUNK_BYTES = 128 * 2**20
 
 
 class SSD(OneShotMethod):
@@ -66,8 +65,8 @@ class SSD(OneShotMethod):
         source: LogitsSource | None = None,
     ) -> None:
         super().__init__(checkpoint)
-        if not alpha >= 0 or not lam >= 0:
-            raise ValueError(f"`alpha` and `lam` must be at least 0, got {alpha} and {lam}.")
+        if not alpha >= 0 or not 0 <= lam < math.inf:
+            raise ValueError(f"`alpha` and `lam` must be at least 0 (`lam` finite), got {alpha} and {lam}.")
         self.alpha = alpha
         self.lam = lam
         self.loss = loss
@@ -98,13 +97,14 @@ class SSD(OneShotMethod):
     def _recorded(self, records: Records, data: ForgetRetainData) -> Tensor | None:
         """Importances of all training data that the checkpoint holds, if they are those of the weights."""
         record = read_checkpoint(self._file, mmap=True).get("curvature") if self._file is not None else None
-        if record is not None and record["weights"] == self._origin and "squared_gradients" in record:
+        if record is not None and record["weights"] == self._origin and record["squared_gradients"] is not None:
             found: Tensor = record["squared_gradients"]
             if found.shape != (records.layout.numel,):
                 raise ValueError(
                     f"The importances in {self._file} are of {found.numel():,} parameters, but {records.layout.numel:,} "
                     "are trainable now. Freeze the same parameters as when they were recorded."
                 )
+            self.recording_seconds = record.get("seconds")
             return found
         if not data.retain_access:
             why = "there are none recorded" if record is None else "those that are recorded belong to other weights"
@@ -132,10 +132,8 @@ def squared_gradients(records: Records, batches: Iterable[tuple[Tensor, Tensor]]
         >>> squared_gradients(Records(layer), [batch])[1]
         tensor(0.)
     """
-    bytes_a_record = records.layout.numel * torch.finfo(records.dtype).bits // 8
-    rows = max(1, _CHUNK_BYTES // bytes_a_record)
     total = torch.zeros(records.layout.numel, dtype=records.dtype, device=next(records.module.parameters()).device)
-    for x, y in batches:
-        for some in zip(torch.split(x, rows), torch.split(y, rows), strict=True):
-            total += records.gradients(some).square().sum(dim=0)
+    for batch in batches:
+        for rows in records.gradient_chunks(batch):
+            total += rows.square().sum(dim=0)
     return total

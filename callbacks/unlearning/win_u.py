@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,8 +17,9 @@ from typing_extensions import override
 
 from groundwire.callbacks.logits import LogitsSource
 from groundwire.callbacks.unlearning.base import OneShotMethod
+from groundwire.callbacks.unlearning.curvature import Removal
 from groundwire.callbacks.unlearning.data import ForgetRetainData, Part
-from groundwire.callbacks.unlearning.recorder import KEY, CurvatureRecord, decay_vector, warn_of_batchnorm
+from groundwire.callbacks.unlearning.recorder import KEY, CurvatureRecord, decay_vector
 from groundwire.callbacks.unlearning.records import OutputLoss, Records, loss_of_step
 from groundwire.callbacks.weights import fingerprint, read_checkpoint
 
@@ -38,7 +40,9 @@ class WINU(OneShotMethod):
     retained record is touched. For models that are linear in their parameters under squared loss, and trained to the optimum,
     the result is the retrained model; otherwise its approximation to second order.
 
-    The record is downdated and goes into the new checkpoint, so that requests can follow each other. Judge the result by
+    The record is downdated and goes into the new checkpoint, so that requests can follow each other. Curvature stays that of
+    the weights at which it was recorded, and so is that of what is removed from it: after several requests on a network,
+    record anew. Judge the result by
     its outputs: two retrained networks are far apart in their weights.
 
     Args:
@@ -120,6 +124,7 @@ class WINU(OneShotMethod):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.record = self._read(pl_module)
+            self.recording_seconds = self.record.seconds
 
     def _read(self, pl_module: pl.LightningModule) -> CurvatureRecord:
         if self._file is None:
@@ -140,16 +145,10 @@ class WINU(OneShotMethod):
                 f"The curvature in {self._file} belongs to other weights than those of the checkpoint: they were changed after "
                 "it was recorded. Record it again."
             )
-        data = self.data
-        if record.data_sha256 != data.data_digest:
-            raise MisconfigurationException(
-                f"The curvature in {self._file} was recorded on other training data (their hashes differ), so the forget set's "
-                "indices would name other samples. Use the datamodule that the model was trained with."
-            )
-        if len(data.forget_indices) >= record.num_records:
+        if len(self.data.forget_indices) >= record.num_records:
             raise ValueError(
-                f"The forget set has {len(data.forget_indices)} of {record.num_records} recorded samples: nothing would be "
-                "retained."
+                f"The forget set has {len(self.data.forget_indices)} of {record.num_records} recorded samples: nothing would "
+                "be retained."
             )
         return record
 
@@ -157,34 +156,40 @@ class WINU(OneShotMethod):
     def unlearn(self, pl_module: pl.LightningModule, data: ForgetRetainData) -> None:
         assert self.record is not None
         record = self.record
-        records = Records(pl_module, self.output_loss, self.source, None, record.draws, record.seed)
-        if record.curvature.kind == "full":
-            records.dtype = torch.float64
-        warn_of_batchnorm(pl_module)
-        rows, forget_gradient = self._forget_set(records, data)
-        delta = self._step(record, records, rows, forget_gradient, len(data.forget_indices))
+        if not bool(torch.isfinite(Records(pl_module).vector()).all()):
+            raise RuntimeError(
+                "The trained weights are not finite: there is nothing to unlearn from. Check the checkpoint."
+            )
+        dtype = torch.float64 if record.curvature.kind == "full" else None
+        records = Records(pl_module, self.output_loss, self.source, dtype, record.draws, record.seed)
+        recorded = Records(
+            pl_module, self.output_loss, self.source, dtype, record.draws, record.seed, at=record.recorded_at
+        )
+        rows = data.forget_indices
+        for batch in data.batches("forget", self.batch_size):
+            self._compare_losses(records, batch)
+            break
+        removal = record.curvature.removal(
+            chunk for batch, ids in self._forget_batches(data) for chunk in recorded.chunks(batch, ids)
+        )
+        gradient = sum(records.gradient(batch).double() for batch, _ in self._forget_batches(data))
+        self.records_read["forget"] += len(rows)
+        delta = self._step(record, records, removal, torch.as_tensor(gradient), len(rows))
         if dist.is_available() and dist.is_initialized():
             dist.broadcast(delta, src=0)
         records.write(records.vector().double() + delta)
         record.weights = fingerprint(pl_module.state_dict())
+        if record.row_digests is not None:
+            record.row_digests = record.row_digests.clone()
+            record.row_digests[rows] = 0
 
-    def _forget_set(self, records: Records, data: ForgetRetainData) -> tuple[Tensor, Tensor]:
-        """Columns of the Gauss-Newton matrix, as rows, and the summed gradient."""
-        rows, start = [], 0
-        gradient = torch.zeros(records.layout.numel, dtype=torch.float64, device=records.vector().device)
-        for batch in data.batches("forget", self.batch_size):
-            if start == 0:
-                self._compare_losses(records, batch)
-            ids = data.forget_indices[start : start + len(batch[1])]
-            rows += list(records.chunks(batch, ids))
-            gradient += records.gradient(batch).double()
-            start += len(batch[1])
-        self.records_read["forget"] += start
-        return torch.cat(rows), gradient
+    def _forget_batches(self, data: ForgetRetainData) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+        """The forget set, and the numbers of its records."""
+        ids = torch.split(data.forget_indices, self.batch_size)
+        yield from zip(data.batches("forget", self.batch_size), ids, strict=True)
 
-    def _step(self, record: CurvatureRecord, records: Records, rows: Tensor, g_f: Tensor, m: int) -> Tensor:
+    def _step(self, record: CurvatureRecord, records: Records, removal: Removal, g_f: Tensor, m: int) -> Tensor:
         n = record.num_records
-        share = (n - m) / n
         decay = decay_vector(records.layout, record.weight_decay).to(g_f)
         gradient = record.gradient.to(g_f)
         mean_gradient = float(gradient.norm()) / n
@@ -199,11 +204,7 @@ class WINU(OneShotMethod):
                 )
         pull = g_f + m * decay * records.vector().double()
         found = record.curvature.newton_step(
-            rows,
-            pull - self.kappa * gradient,
-            (n - m) * decay + tau,
-            share=share,
-            clip=0.95 if self.clip_leverage else None,
+            removal, pull - self.kappa * gradient, (n - m) * decay + tau, clip=0.95 if self.clip_leverage else None
         )
         length = float(found.delta.norm())
         if not math.isfinite(length):
@@ -213,8 +214,9 @@ class WINU(OneShotMethod):
             )
         alpha = self.alpha * min(1.0, self.radius / length) if length else self.alpha
         delta = alpha * found.delta
-        record.curvature.remove(rows, share)
+        record.curvature.remove(removal)
         record.num_records = n - m
+        record.squared_gradients = None  # a mean over records that are not to be known any more
         moved = (
             record.curvature.apply(delta) + (n - m) * decay * delta
         )  # what the step changes of the retained gradient

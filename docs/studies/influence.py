@@ -6,7 +6,8 @@ images, and by how well self-influence finds the flipped labels (AUC). For softm
 compared with what models do that were retrained on 40 random halves of the data (linear datamodelling score). Times are CPU
 times of one thread, in seconds for all of a method and in milliseconds for the compression of all training gradients.
 
-Run:  python docs/studies/influence.py --output docs/studies/results/influence.csv     a minute and a half on one core
+Run (a minute and a half on one core):
+      python docs/studies/influence.py --output docs/studies/results/influence.csv --picture docs/unlearning_influence.png
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.nn.functional as F
-from finished import DOCS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
@@ -275,13 +275,16 @@ def main() -> None:
     """All seeds, one row for each model, method and density."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/influence.csv"))
+    parser.add_argument("--picture", type=Path, help="by default beside the output")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning_utilities.core.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    picture = options.picture or options.output.with_suffix(".png")
+    for file in (options.output, picture):
+        file.parent.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for seed in range(options.seeds):
         rows += measure(seed)
@@ -290,7 +293,7 @@ def main() -> None:
             writer.writeheader()
             writer.writerows(rows)
     print_table(rows)
-    draw(rows, DOCS / "unlearning_influence.png")
+    draw(rows, picture)
 
 
 if __name__ == "__main__":

@@ -281,3 +281,14 @@ def test_no_graph_outlives_a_step_that_failed() -> None:
         module.training_step(next(iter(loader())), 0)
     assert calls == []
     assert not module._forward_hooks
+
+
+def test_a_source_of_pairs_keeps_all_options_but_how_pairs_are_found() -> None:
+    options: dict[str, Any] = {"call": 1, "from_probs": True, "binary": True, "flatten": True}
+    source = LogitsSource("head", unpack=lambda batch: (batch["x"], batch["y"]), **options)
+    pairs = LogitsSource.of_pairs(source)
+    assert {name: getattr(pairs, name) for name in options} == options
+    assert pairs.submodule == "head"
+    pair = torch.zeros(2), torch.ones(2)
+    assert pairs.inputs_and_labels(pair) is pair
+    assert set(vars(pairs)) == set(vars(source)), "a new option has to be kept, too"

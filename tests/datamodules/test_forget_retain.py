@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,19 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader, TensorDataset
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from groundwire.callbacks.unlearning.data import data_digest, forget_retain_data, indices_digest, tells_what_to_forget
-from groundwire.datamodules import DatasetDescriptions, Federated, ForgetRetain
+from groundwire.callbacks.reporting import ResumableCheckpoint
+from groundwire.callbacks.training_data import training_samples
+from groundwire.callbacks.unlearning import GradientAscent, IterativeMethod
+from groundwire.callbacks.unlearning.data import forget_retain_data, indices_digest, tells_what_to_forget
+from groundwire.callbacks.weights import read_checkpoint
+from groundwire.datamodules import DatasetDescriptions, Federated, ForgetRetain, ForgetSetError
 from groundwire.datamodules.base import TensorLoader
 from helpers.datamodules import check_built_from_yaml
-from helpers.unlearning import ToForget, digits
+from helpers.unlearning import ToForget, checkpoint, digits, unlearn
 
 
 class Rows(pl.LightningDataModule):
@@ -242,7 +249,7 @@ def test_incomplete_batches_can_be_left_out() -> None:
 
 def test_processes_share_each_part() -> None:
     data = rows([0, 1, 2, 3], batch_size=1)
-    whole = {part: data._data[0][getattr(data, f"{part}_indices")] for part in ("forget", "retain")}
+    whole = {part: next(iter(data.batches(part, 10)))[0] for part in ("forget", "retain")}  # type: ignore[arg-type]
     ranks = []
     for rank in range(2):
         data.trainer = type("Ranks", (), {"global_rank": rank, "world_size": 2, "overfit_batches": 0.0})()
@@ -302,6 +309,59 @@ def test_a_checkpoint_of_another_request_is_refused() -> None:
             other.load_state_dict(state)
 
 
+def test_a_checkpoint_may_come_before_the_data() -> None:
+    whole = rows([2, 5, 7], seed=None)
+    loader = whole.train_dataloader()
+    started = iter(loader)
+    next(started)
+    state = whole.state_dict()
+    resumed = ForgetRetain(Rows(), forget="indices", indices=[2, 5, 7], batch_size=2)
+    resumed.load_state_dict(state)
+    ready(resumed)
+    assert all(same(a, b) for a, b in zip(resumed.train_dataloader(), started, strict=True))
+    for other in (
+        ForgetRetain(Rows(), forget="indices", indices=[2, 5], batch_size=2),
+        ForgetRetain(Rows(n=11), forget="indices", indices=[2, 5, 7], batch_size=2),
+    ):
+        other.load_state_dict(state)
+        with pytest.raises(MisconfigurationException, match="The checkpoint belongs to another request"):
+            ready(other)
+    written = ready(ForgetRetain(digits(seed=5), seed=7))
+    by_seed = ForgetRetain(digits(seed=None))
+    by_seed.load_state_dict(written.state_dict())
+    assert torch.equal(ready(by_seed).forget_indices, written.forget_indices)
+    assert by_seed.data_digest == written.data_digest
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("access", [True, False])
+def test_the_same_indices_of_other_samples_are_another_request(before: bool, access: bool) -> None:
+    class Shifted(Rows):
+        def setup(self, stage: str) -> None:
+            super().setup(stage)
+            if stage == "fit":
+                self.train_set = TensorDataset(self.train_set.tensors[0] + 1, self.train_set.tensors[1])
+
+    state = rows([2, 5, 7], retain_access=access).state_dict()
+    other = ForgetRetain(Shifted(), forget="indices", indices=[2, 5, 7], batch_size=2, retain_access=access)
+    calls = [lambda: other.load_state_dict(state), lambda: other.setup("fit")]
+    first, second = calls if before else reversed(calls)
+    first()
+    with pytest.raises(MisconfigurationException, match="The checkpoint belongs to another request"):
+        second()
+
+
+def test_a_checkpoint_that_was_only_validated_does_not_bind_a_new_fit() -> None:
+    written = ready(ForgetRetain(digits(seed=5), seed=7))
+    data = ForgetRetain(digits(seed=None), forget="indices", indices=[4])
+    data.setup("validate")
+    data.load_state_dict(written.state_dict())
+    x, _ = next(iter(data.val_dataloader()))
+    assert torch.equal(x, next(iter(written.val_dataloader()))[0]), "the splits are those of the checkpoint"
+    data.teardown("validate")
+    assert ready(data).forget_indices.tolist() == [4]
+
+
 def checkpoint_of(data: ForgetRetain) -> dict[str, Any]:
     return {"ForgetRetain": data.state_dict()}
 
@@ -353,8 +413,75 @@ def test_the_split_of_the_training_run_is_taken_over() -> None:
 
 def test_other_data_than_that_of_the_earlier_request_is_refused() -> None:
     earlier = rows([2, 5, 7])
-    with pytest.raises(ValueError, match="trained on other data"):
+    with pytest.raises(ForgetSetError, match=r"other training data .*hashes of all rows differ"):
         rows([1], datamodule=Rows(n=11)).adopt(checkpoint_of(earlier))
+    rows([1], datamodule=Rows(n=11)).adopt({"ForgetRetain": earlier.state_dict() | {"data_digest": None}})
+
+
+def test_an_earlier_request_is_found_under_any_name() -> None:
+    class Other(ForgetRetain):
+        pass
+
+    state = rows([2, 5, 7]).state_dict()
+    for content in ({"Other": state}, {"epoch": 3, "callbacks": {}, "OfAnotherPackage": state}):
+        data = ready(Other(Rows(), forget="indices", indices=[1], seed=0))
+        data.adopt(content)
+        assert data.earlier.tolist() == [2, 5, 7]
+        assert data.retain_indices.tolist() == [0, 3, 4, 6, 8, 9]
+        data = rows([1])
+        data.adopt(content)
+        assert data.earlier.tolist() == [2, 5, 7]
+        assert torch.cat([x for x, _ in data.batches("earlier", 2)]).tolist() == [2.0, 5.0, 7.0]
+    assert list(rows([1]).batches("earlier")) == []
+
+
+def recorded(n: int = 10, known: Sequence[int] | None = None, **changes: Any) -> dict[str, Any]:
+    """A checkpoint with a curvature record of Rows; unknown samples have no hash."""
+    samples = training_samples(rows([0], datamodule=Rows(n)).datamodule, "Test")
+    digests = torch.zeros(n, 16, dtype=torch.uint8)
+    known = range(n) if known is None else known
+    digests[list(known)] = samples.row_digests(torch.tensor(list(known)))
+    return {"curvature": {"row_digests": digests, "data_sha256": samples.digest()} | changes}
+
+
+@pytest.mark.parametrize("access", [True, False])
+def test_samples_are_compared_with_those_that_were_recorded(access: bool) -> None:
+    data = rows([1, 8], retain_access=access)
+    data.adopt(recorded())
+    assert data.data_digest == recorded()["curvature"]["data_sha256"]
+    with pytest.raises(
+        ForgetSetError, match=r"other training data \(11 rows were recorded, and there are 10\).*Use the"
+    ):
+        data.adopt(recorded(n=11))
+    with pytest.raises(ForgetSetError, match="9 rows were recorded, and there are 10"):
+        rows([9], retain_access=access).adopt(recorded(n=9))
+    other = recorded()
+    other["curvature"]["row_digests"][8] += 1
+    with pytest.raises(
+        ForgetSetError, match=r"other training data \(1 samples of the forget set, such as 8, differ.*without an augm"
+    ):
+        data.adopt(other)
+    with pytest.raises(ForgetSetError, match="1 samples of the forget set, such as 8, were not among the recorded"):
+        data.adopt(recorded(known=[0, 1, 2]))
+
+
+def test_with_access_all_rows_are_compared_with_those_that_were_recorded() -> None:
+    other = recorded(data_sha256="0")
+    for content in (
+        other,
+        {"curvature": {"data_sha256": "0"}},
+        {"curvature": {"data_sha256": "0", "row_digests": None}},
+    ):
+        with pytest.raises(ForgetSetError, match=r"recorded on other training data .*hashes of all rows differ"):
+            rows([1]).adopt(content)
+    rows([1], retain_access=False).adopt(other)  # they must not be read: the forget set is right
+
+
+def test_a_recorder_and_a_request_know_the_data_by_the_same_hash() -> None:
+    inner = digits()
+    inner.setup("fit")
+    data = ready(ForgetRetain(digits(), seed=0))
+    assert data.data_digest == training_samples(inner, "CurvatureRecorder").digest()
 
 
 # ---------------------------------------------------------------- no access
@@ -378,6 +505,116 @@ def test_without_access_every_way_to_retained_data_raises() -> None:
             way()
 
 
+class Guarded(Dataset[tuple[Tensor, Tensor]]):
+    """The digits; to read one that is not to be forgotten is an error."""
+
+    def __init__(self, allowed: Sequence[int]) -> None:
+        inner = digits()
+        inner.setup("fit")
+        self.x, self.y = inner.train_data
+        self.allowed = set(allowed)
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        assert index in self.allowed, f"row {index} is retained"
+        return self.x[index], self.y[index]
+
+
+class GuardedData(pl.LightningDataModule):
+    def __init__(self, allowed: Sequence[int], **attributes: Any) -> None:
+        super().__init__()
+        self.dataset = Guarded(allowed)
+        vars(self).update(attributes)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.dataset, batch_size=8, shuffle=True)
+
+
+class Reads(GradientAscent):
+    """Goes through the forget set again at the end."""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        self.rows = torch.cat([x for x, _ in self.data.batches("forget", 3)])
+
+
+@pytest.mark.parametrize("build", [GradientAscent, Reads])
+def test_without_access_no_retained_sample_is_read(build: type[IterativeMethod], tmp_path: Path) -> None:
+    forget = [3, 700, 41, 8]
+    inner = GuardedData(forget)
+    data = ForgetRetain(inner, forget="indices", indices=forget, batch_size=2, retain_access=False, seed=0)
+    method = build(checkpoint())
+    keeper = ResumableCheckpoint(tmp_path)
+    unlearn(method, ToForget(), data, steps=2, callbacks=[keeper], enable_checkpointing=True)
+    if isinstance(method, Reads):
+        assert torch.equal(method.rows, inner.dataset.x[sorted(forget)])
+    assert data.data_digest is None
+    state = read_checkpoint(tmp_path / "last.ckpt")["ForgetRetain"]
+    assert state["data_digest"] is None
+    assert state["forget"].tolist() == sorted(forget)
+    for way in (lambda: data.retain_indices, lambda: next(data.batches("retain"))):
+        with pytest.raises(MisconfigurationException, match="says that it is gone"):
+            way()
+    again = ForgetRetain(GuardedData([5]), forget="indices", indices=[5], retain_access=False, seed=0)
+    ready(again).adopt({"ForgetRetain": state})
+    assert again.earlier.tolist() == sorted(forget)
+
+
+def test_without_access_the_hash_of_the_data_is_that_of_the_checkpoint() -> None:
+    request = ready(ForgetRetain(digits(), forget="indices", indices=[3, 8], seed=0))
+    data = ForgetRetain(GuardedData([5]), forget="indices", indices=[5], retain_access=False, seed=0)
+    ready(data).adopt(checkpoint_of(request))
+    assert data.data_digest == request.data_digest
+    state = data.state_dict()
+    for other in (None, "0"):
+        ForgetRetain.adopt(data, {} if other is None else {"curvature": {"data_sha256": other}})
+        assert data.data_digest == other
+    with pytest.raises(MisconfigurationException, match="belongs to another request"):
+        data.load_state_dict(state)  # of other data than those adopted, "0"
+
+
+def test_without_access_a_class_needs_labels_in_memory() -> None:
+    data = ForgetRetain(GuardedData([]), forget="class", label=3, retain_access=False, seed=0)
+    with pytest.raises(ForgetSetError, match=r"may not be read for theirs.*give GuardedData `train_groups`.*'indices'"):
+        ready(data)
+    labels = Guarded([]).y
+    threes = (labels == 3).nonzero().flatten().tolist()
+    inner = GuardedData(threes, train_groups=labels)
+    grouped = ready(ForgetRetain(inner, forget="class", label=3, retain_access=False, seed=0))
+    assert grouped.forget_indices.tolist() == threes
+    in_memory = ready(ForgetRetain(digits(), forget="class", label=3, retain_access=False, seed=0))
+    assert in_memory.forget_indices.tolist() == threes
+    everything = ready(ForgetRetain(GuardedData(range(len(labels))), forget="class", label=3, seed=0))
+    assert everything.forget_indices.tolist() == threes
+
+
+def test_without_access_devices_need_data_in_memory() -> None:
+    federated = Federated(GuardedData([]), num_devices=3, seed=0)
+    with pytest.raises(MisconfigurationException, match="Federated reads every sample of GuardedData"):
+        ready(ForgetRetain(federated, forget="device", device=1, retain_access=False))
+    federated = Federated(digits(), num_devices=3, seed=0)
+    assert len(ready(ForgetRetain(federated, forget="device", device=1, retain_access=False)).forget_indices) > 400
+
+
+def test_what_is_read_of_a_data_set_is_kept() -> None:
+    class Counts(Guarded):
+        reads = 0
+
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            self.reads += 1
+            return super().__getitem__(index)
+
+    inner = GuardedData([])
+    inner.dataset = counting = Counts(range(1258))
+    data = ready(ForgetRetain(inner, forget="indices", indices=[1, 4], batch_size=100, seed=0))
+    for _ in range(2):
+        assert torch.equal(torch.cat([x for x, _ in data.batches("retain", 77)]), counting.x[data.retain_indices])
+        data.train_dataloader()
+    assert counting.reads == 1258
+
+
 def test_to_find_out_what_a_datamodule_is_nothing_of_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     data = ForgetRetain(Rows(), retain_access=False)  # not set up either: its properties would raise
     holder = lambda datamodule: type("Holder", (), {"datamodule": datamodule})()
@@ -391,11 +628,7 @@ def test_to_find_out_what_a_datamodule_is_nothing_of_it_is_read(monkeypatch: pyt
         forget_retain_data(holder(None), "SSD")
 
 
-def test_digests_tell_data_and_forget_sets_apart() -> None:
-    x, y = torch.arange(6.0).view(3, 2), torch.tensor([0, 1, 2])
-    digests = {data_digest(pair) for pair in ((x, y), (x.view(2, 3), y), (x.double(), y), (x + 1, y), (x, y.flip(0)))}
-    assert len(digests) == 5
-    assert data_digest((x.clone().T.contiguous().T, y)) == data_digest((x, y))
+def test_digests_tell_forget_sets_apart() -> None:
     assert indices_digest(torch.tensor([3, 1])) == indices_digest(torch.tensor([1, 3]))
     assert indices_digest(torch.tensor([3])) != indices_digest(torch.tensor([1]))
 
@@ -438,6 +671,50 @@ def test_bad_indices(indices: Any, message: str) -> None:
         rows(indices)
 
 
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([1.0, 2.0], "must be whole numbers, got float64"),
+        ([1, 2.5], "must be whole numbers, got float64"),
+        (["1", "2"], "must be whole numbers, got <U1"),
+        (torch.tensor([1.0, 2.0]), "must be whole numbers, got float32"),
+        ([True, False, True], r"got a boolean mask: give `mask\.nonzero\(\)`"),
+        ([1, True], "got a boolean mask"),
+        ((False, 3), "got a boolean mask"),
+        ([np.True_, np.False_], "got a boolean mask"),
+        (np.arange(10) < 3, "got a boolean mask"),
+        (torch.arange(10) < 3, "got a boolean mask"),
+    ],
+)
+@pytest.mark.parametrize("in_file", [False, True])
+def test_only_whole_numbers_are_indices(indices: Any, message: str, in_file: bool, tmp_path: Path) -> None:
+    if in_file:
+        if isinstance(indices, list | tuple) and len({type(one) for one in indices}) > 1:
+            return
+        np.save(tmp_path / "forget.npy", np.asarray(indices))
+        indices = tmp_path / "forget.npy"
+    with pytest.raises(ForgetSetError, match=message):
+        rows(indices)
+
+
+@pytest.mark.parametrize(
+    "indices", [np.array([8, 1]), torch.tensor([8, 1]), (8, 1), [np.int64(8), np.int32(1)], np.array([1, 8], np.uint64)]
+)
+def test_whole_numbers_of_any_kind(indices: Any) -> None:
+    assert rows(indices).forget_indices.tolist() == [1, 8]
+    mask = torch.zeros(10, dtype=torch.bool)
+    mask[[1, 8]] = True
+    assert rows(mask.nonzero()).forget_indices.tolist() == [1, 8]
+    assert rows(mask.numpy().nonzero()).forget_indices.tolist() == [1, 8]
+
+
+@pytest.mark.parametrize("line", ["1.0", "2.5", "True", "nan"])
+def test_a_file_of_other_than_whole_numbers(line: str, tmp_path: Path) -> None:
+    (tmp_path / "forget.txt").write_text(f"3\n{line}\n")
+    with pytest.raises(ForgetSetError, match=r"forget\.txt is no list of indices"):
+        rows(tmp_path / "forget.txt")
+
+
 def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"There is no file of indices at .*none\.txt"):
         rows(tmp_path / "none.txt")
@@ -465,6 +742,69 @@ def test_samples_of_the_test_data_are_not_forgotten() -> None:
     with pytest.raises(ValueError, match="2 samples of the test data are in the forget set"):
         rows([2, 5, 7], datamodule=inner)
     assert rows([7], datamodule=inner).forget_indices.tolist() == [7]
+
+
+class WithTestData(Rows):
+    """Its test loaders are given."""
+
+    def __init__(self, loaders: Any, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.loaders, self.dtype = loaders, dtype
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":
+            self.train_set = TensorDataset(self.train_set.tensors[0].to(self.dtype), self.train_set.tensors[1])
+
+    def test_dataloader(self) -> Any:
+        return self.loaders
+
+
+def pairs(*numbers: float, dtype: torch.dtype = torch.float32) -> DataLoader[Any]:
+    x = torch.tensor(numbers, dtype=dtype)
+    return DataLoader(TensorDataset(x, torch.zeros(len(x))), batch_size=2)
+
+
+def mappings(*numbers: float) -> DataLoader[Any]:
+    return DataLoader([{"image": torch.tensor(x), "label": 0} for x in numbers], batch_size=2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "loaders",
+    [
+        [pairs(100.0), pairs(99.0, 5.0)],
+        {"one": pairs(100.0), "other": [pairs(98.0), pairs(98.0, 97.0, 5.0)]},
+        CombinedLoader([pairs(100.0), pairs(5.0)]),
+        mappings(100.0, 99.0, 5.0),
+        pairs(100.0, 5.0, dtype=torch.float64),
+        pairs(100.0, 5.0, dtype=torch.bfloat16),
+        DataLoader(TensorDataset(torch.tensor([100.0, 5.0])), batch_size=2),
+        DataLoader([torch.tensor(100.0), torch.tensor(5.0)], batch_size=2),  # type: ignore[arg-type]
+        DataLoader(TensorDataset(torch.tensor([100.0, 5.0]), torch.tensor([0, 1])), batch_size=None),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_samples_of_test_data_of_any_form_are_not_forgotten(loaders: Any, dtype: torch.dtype) -> None:
+    with pytest.raises(ForgetSetError, match="1 samples of the test data are in the forget set"):
+        rows([5], datamodule=WithTestData(loaders, dtype))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Whether samples of the test data")
+        rows([7], datamodule=WithTestData(loaders, dtype))
+
+
+def test_fractions_are_not_whole_numbers() -> None:
+    rows([5], datamodule=WithTestData(pairs(5.5), torch.int64))
+    with pytest.raises(ForgetSetError, match="1 samples of the test data"):
+        rows([5], datamodule=WithTestData(pairs(5, dtype=torch.int32), torch.int64))
+
+
+def test_test_data_that_cannot_be_read_is_said() -> None:
+    unknown = DataLoader([{"tokens": torch.tensor(5.0)}])  # type: ignore[arg-type]
+    words = DataLoader([("five", 0)])  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match=r"was not checked: .* a batch that is a dict or a list\. Give pairs"):
+        rows([5], datamodule=WithTestData([pairs(100.0), unknown, words]))
+    with pytest.raises(ForgetSetError, match="1 samples of the test data"):
+        rows([5], datamodule=WithTestData([unknown, pairs(5.0)]))
 
 
 def test_before_setup_there_is_no_choice() -> None:

@@ -13,15 +13,22 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from groundwire.callbacks.logits import LogitsSource, logits_in
+from groundwire.callbacks.unlearning.functional import counted_records
 
 Records = tuple[Any, Tensor]
 """Inputs and labels, both with the records in their first dimension."""
 
 
 def records_in(batches: Iterable[Any], source: LogitsSource, batch_size: int) -> Iterator[Records]:
-    """Inputs and labels of batches; those of more than ``batch_size`` records come in parts."""
+    """Inputs and labels of batches; those of more than ``batch_size`` records come in parts.
+
+    Records without a label that counts (all are -100) have no loss, and are left out.
+    """
     for batch in batches:
         inputs, labels = source.inputs_and_labels(batch)
+        kept = counted_records(labels)
+        if not bool(kept.all()):
+            inputs, labels = rows_of((inputs, labels), kept)
         for start in range(0, len(labels), batch_size):
             yield rows_of((inputs, labels), slice(start, start + batch_size))
 

@@ -27,7 +27,7 @@ from groundwire.callbacks.unlearning.evaluation.relearning import relearning_cur
 from groundwire.callbacks.unlearning.evaluation.result import UnlearningResult
 from groundwire.callbacks.unlearning.records import OutputLoss, evaluating
 
-_Part = Literal["forget", "retain", "test"]
+_Part = Literal["forget", "retain", "test", "earlier"]
 _RELEARNED_ACC = 0.9  # of the original's
 _SLACK = 1e-3  # of the original's loss, and a thousandth of that in its unit: what differs in rounding only is known
 _SHARE_MEASURED = 0.5  # of the progress; the rest is relearning
@@ -39,6 +39,7 @@ def evaluate_unlearning(
     retain: Iterable[Any] | None,
     test: Iterable[Any],
     *,
+    earlier: Iterable[Any] | None = None,
     reference: nn.Module | None = None,
     original: nn.Module | None = None,
     output_loss: OutputLoss | None = None,
@@ -58,6 +59,7 @@ def evaluate_unlearning(
         forget: Batches ``(x, y)`` of the records to forget: a loader, or a list.
         retain: Batches of the records to retain; None if they are gone.
         test: Batches of records that no model was trained on.
+        earlier: Batches of the records that earlier requests have removed; None if there are none.
         reference: The same model, retrained without the forget set; None if there is none.
         original: The model before unlearning, whose knowledge relearning aims at. Without it, relearning has succeeded at
             a forget accuracy of 0.9.
@@ -96,6 +98,7 @@ def evaluate_unlearning(
         forget,
         retain,
         test,
+        earlier=earlier,
         reference=None if reference is None else "reference",
         original=None if original is None else "original",
         output_loss=output_loss,
@@ -117,6 +120,7 @@ def compare_unlearning(
     retain: Iterable[Any] | None,
     test: Iterable[Any],
     *,
+    earlier: Iterable[Any] | None = None,
     reference: str | None = None,
     original: str | None = None,
     output_loss: OutputLoss | None = None,
@@ -136,6 +140,7 @@ def compare_unlearning(
         forget: As for :func:`evaluate_unlearning`, as all that follows.
         retain: As there.
         test: As there.
+        earlier: As there.
         reference: Name of the model that was retrained without the forget set.
         original: Name of the model before unlearning.
         output_loss: As there.
@@ -173,6 +178,9 @@ def compare_unlearning(
     if retain is not None:
         show("Retained data", 0.2 * whole)
         measure.run("retain", retain)
+    if earlier is not None:
+        show("Forgotten earlier", 0.9 * whole)
+        measure.run("earlier", earlier)
     own = {name: measure.alone(name) for name in models}
     found = {name: measure.compared(name, own) for name in models}
     target_loss, target_acc = None, _RELEARNED_ACC
@@ -197,20 +205,13 @@ def compare_unlearning(
             lr=relearn_lr,
             batch_size=batch_size,
             output_loss=output_loss,
-            source=_as_pairs(source or LogitsSource()),
+            source=LogitsSource.of_pairs(source or LogitsSource()),
             seed=seed,
             progress=show_step,
         )
         found[name] = replace(found[name], relearning=curve)
     show("Done", 1.0)
     return found
-
-
-def _as_pairs(source: LogitsSource) -> LogitsSource:
-    """The same, for batches that are inputs and labels already."""
-    return LogitsSource(
-        source.submodule, source.call, unpack=lambda pair: pair, from_probs=source.from_probs, binary=source.binary
-    )
 
 
 # ---------------------------------------------------------------- one pass
@@ -288,9 +289,9 @@ class _Measurement:
             number += len(labels)
             yield inputs, labels
         if not number:
-            what = {"forget": "forget set", "retain": "retained data", "test": "test data"}[part]
+            names: dict[_Part, str] = {"forget": "forget set", "retain": "retained data", "test": "test data"}
             raise ValueError(
-                f"The {what} is empty: give at least one record"
+                f"The {names.get(part, 'data forgotten earlier')} is empty: give at least one record with a label"
                 f"{', or retain=None if the retained data is gone' if part == 'retain' else ''}."
             )
 
@@ -302,13 +303,15 @@ class _Measurement:
             accs = record_accuracies(own, own_labels)
             if accs is not None:
                 figures.accs.append(accs.cpu())
-            if self.reference is None or name == self.reference or part == "retain":
+            if self.reference is None or name == self.reference or part not in ("forget", "test"):
                 continue
             theirs = outputs[self.reference].to(own.device)
             if accs is not None:
-                figures.kl.append(kl_divergences(theirs, own).cpu())
-                figures.disagreement.append(disagreements(theirs, own).cpu())
-            figures.distance.append(output_distances(theirs, own, are_logits=accs is not None).cpu())
+                figures.kl.append(kl_divergences(theirs, own, own_labels).cpu())
+                figures.disagreement.append(disagreements(theirs, own, own_labels).cpu())
+                figures.distance.append(output_distances(theirs, own, labels=own_labels).cpu())
+            else:
+                figures.distance.append(output_distances(theirs, own, are_logits=False).cpu())
 
     def _refuse_nonfinite(self, part: _Part) -> None:
         for name in self.models:
@@ -344,10 +347,19 @@ class _Measurement:
 
     def alone(self, name: str) -> UnlearningResult:
         """The figures of a model that need no other."""
+        found = self._of_retained(name, self._of_others(name))
+        earlier = self.figures.get((name, "earlier"))
+        if earlier is None:
+            return found
+        losses = torch.cat(earlier.losses)
+        return replace(
+            found, earlier_records=len(losses), earlier_loss=float(losses.mean()), earlier_acc=_mean(earlier.accs)
+        )
+
+    def _of_others(self, name: str) -> UnlearningResult:
         forget, test = self.figures[name, "forget"], self.figures[name, "test"]
-        retain = self.figures.get((name, "retain"))
         forget_losses, test_losses = torch.cat(forget.losses), torch.cat(test.losses)
-        found = UnlearningResult(
+        return UnlearningResult(
             forget_records=len(forget_losses),
             test_records=len(test_losses),
             forget_loss=float(forget_losses.mean()),
@@ -356,15 +368,21 @@ class _Measurement:
             test_acc=_mean(test.accs),
             mia_auc=mia_auc(forget_losses, test_losses),
         )
+
+    def _of_retained(self, name: str, found: UnlearningResult) -> UnlearningResult:
+        retain = self.figures.get((name, "retain"))
         if retain is None:
             return found
-        retain_losses = torch.cat(retain.losses)
+        forget_losses, retain_losses, test_losses = (
+            torch.cat(self.figures[name, part].losses) for part in ("forget", "retain", "test")
+        )
+        in_nats = self.output_loss is None and bool(retain.accs)
         return replace(
             found,
             retain_records=len(retain_losses),
             retain_loss=float(retain_losses.mean()),
             retain_acc=_mean(retain.accs),
-            mia_efficacy=mia_efficacy(retain_losses, test_losses, forget_losses),
+            mia_efficacy=mia_efficacy(retain_losses, test_losses, forget_losses, cross_entropy=in_nats),
         )
 
 

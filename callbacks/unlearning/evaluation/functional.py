@@ -9,10 +9,8 @@ from torch.func import vmap
 
 from groundwire.callbacks.privacy.audit.functional import auc
 from groundwire.callbacks.privacy.audit.scores import loss_scores
+from groundwire.callbacks.unlearning.functional import counted, divergence
 from groundwire.callbacks.unlearning.records import OutputLoss, default_output_loss
-
-_IGNORED = -100  # the label that cross-entropy leaves out
-
 
 # ---------------------------------------------------------------- single records
 
@@ -56,10 +54,10 @@ def record_accuracies(outputs: Tensor, labels: Tensor) -> Tensor | None:
 
     Args:
         outputs: Logits ``(B, C)`` or ``(B, T, V)``.
-        labels: Class indices ``(B,)`` or ``(B, T)``; of a sequence, -100 is left out, as in cross-entropy.
+        labels: Class indices ``(B,)`` or ``(B, T)``; -100 is left out, as in cross-entropy.
 
     Returns:
-        Shape ``(B,)``, float64, in [0, 1]; None if the labels are no class indices that fit: nothing is right or wrong.
+        Shape ``(B,)``, float64, in [0, 1], NaN where no position counts; None if the labels are no class indices that fit: nothing is right or wrong.
 
     Example:
         >>> record_accuracies(torch.eye(3), torch.tensor([0, 1, 0]))
@@ -69,9 +67,7 @@ def record_accuracies(outputs: Tensor, labels: Tensor) -> Tensor | None:
     """
     if labels.is_floating_point() or not _fit(outputs, labels):
         return None
-    counted = (labels != _IGNORED).reshape(len(labels), -1)
-    right = (outputs.argmax(dim=-1) == labels).reshape(len(labels), -1) & counted
-    return right.sum(dim=1).double() / counted.sum(dim=1)
+    return _by_record((outputs.argmax(dim=-1) == labels).double(), labels)
 
 
 def _fit(outputs: Tensor, labels: Tensor) -> bool:
@@ -84,15 +80,17 @@ def _fit(outputs: Tensor, labels: Tensor) -> bool:
 # ---------------------------------------------------------------- two models
 
 
-def kl_divergences(reference: Tensor, logits: Tensor) -> Tensor:
+def kl_divergences(reference: Tensor, logits: Tensor, labels: Tensor | None = None) -> Tensor:
     """KL(reference || model) of the predicted distributions; of a sequence, the mean over its positions.
 
     Args:
         reference: Logits ``(B, C)`` or ``(B, T, V)`` of the model that never saw the forget set.
         logits: Those of the model, same shape.
+        labels: Class indices ``(B,)`` or ``(B, T)``; positions whose label is -100 are left out. None counts all.
 
     Returns:
-        Shape ``(B,)``, float64, in nats, at least 0; infinite where the model rules out what the reference does not.
+        Shape ``(B,)``, float64, in nats, at least 0; infinite where the model rules out what the reference does not, NaN
+        where no position counts.
 
     Raises:
         ValueError: If the shapes differ.
@@ -103,19 +101,19 @@ def kl_divergences(reference: Tensor, logits: Tensor) -> Tensor:
     """
     _same_shape(reference, logits)
     log_p, log_q = (z.double().log_softmax(dim=-1) for z in (reference, logits))
-    terms = torch.where(log_p.exp() > 0, log_p.exp() * (log_p - log_q), 0.0)  # 0 log 0 is 0
-    return _by_record(terms.sum(dim=-1)).clamp_min(0.0)
+    return _by_record(divergence(log_p, log_q), labels).clamp_min(0.0)
 
 
-def disagreements(reference: Tensor, logits: Tensor) -> Tensor:
+def disagreements(reference: Tensor, logits: Tensor, labels: Tensor | None = None) -> Tensor:
     """Where two models name another class; of a sequence, the share of its positions.
 
     Args:
         reference: Logits ``(B, C)`` or ``(B, T, V)``.
         logits: Of the other model, same shape.
+        labels: Class indices ``(B,)`` or ``(B, T)``; positions whose label is -100 are left out. None counts all.
 
     Returns:
-        Shape ``(B,)``, float64, in [0, 1].
+        Shape ``(B,)``, float64, in [0, 1]; NaN where no position counts.
 
     Raises:
         ValueError: If the shapes differ.
@@ -125,10 +123,12 @@ def disagreements(reference: Tensor, logits: Tensor) -> Tensor:
         tensor([0., 1.], dtype=torch.float64)
     """
     _same_shape(reference, logits)
-    return _by_record((reference.argmax(dim=-1) != logits.argmax(dim=-1)).double())
+    return _by_record((reference.argmax(dim=-1) != logits.argmax(dim=-1)).double(), labels)
 
 
-def output_distances(reference: Tensor, outputs: Tensor, are_logits: bool = True) -> Tensor:
+def output_distances(
+    reference: Tensor, outputs: Tensor, are_logits: bool = True, labels: Tensor | None = None
+) -> Tensor:
     """Euclidean distance of two models' outputs; of logits, that of the probabilities.
 
     Args:
@@ -136,9 +136,11 @@ def output_distances(reference: Tensor, outputs: Tensor, are_logits: bool = True
         outputs: Of the other model, same shape.
         are_logits: Whether they are logits, which are defined up to a constant only; of a sequence, the mean over its
             positions is taken.
+        labels: Of logits, class indices ``(B,)`` or ``(B, T)``; positions whose label is -100 are left out. None counts
+            all.
 
     Returns:
-        Shape ``(B,)``, float64.
+        Shape ``(B,)``, float64; NaN where no position counts.
 
     Raises:
         ValueError: If the shapes differ.
@@ -150,7 +152,7 @@ def output_distances(reference: Tensor, outputs: Tensor, are_logits: bool = True
     _same_shape(reference, outputs)
     if are_logits:
         difference = reference.double().softmax(dim=-1) - outputs.double().softmax(dim=-1)
-        return _by_record(torch.linalg.vector_norm(difference, dim=-1))
+        return _by_record(torch.linalg.vector_norm(difference, dim=-1), labels)
     difference = reference.double() - outputs.double()
     distances: Tensor = torch.linalg.vector_norm(difference.reshape(len(outputs), -1), dim=1)
     return distances
@@ -203,27 +205,40 @@ def _same_shape(reference: Tensor, outputs: Tensor) -> None:
         )
 
 
-def _by_record(values: Tensor) -> Tensor:
-    return values.reshape(len(values), -1).mean(dim=1)
+def _by_record(values: Tensor, labels: Tensor | None) -> Tensor:
+    """The mean over each record's positions that count."""
+    values = values.reshape(len(values), -1)
+    if labels is None:
+        return values.mean(dim=1)
+    kept = counted(labels).reshape(len(labels), -1)
+    return values.where(kept, 0.0).sum(dim=1) / kept.sum(dim=1)
 
 
 # ---------------------------------------------------------------- membership
 
 
-def mia_efficacy(retain_losses: Tensor, test_losses: Tensor, forget_losses: Tensor) -> float:
+def mia_efficacy(
+    retain_losses: Tensor, test_losses: Tensor, forget_losses: Tensor, cross_entropy: bool = True
+) -> float:
     """The share of forget records that a membership attack takes for records the model never saw.
 
-    The attack is a logistic regression on the loss, fitted to tell retained records (members) from test records, each
-    group with the same weight. What to aim at is the value of a model retrained without the forget set, not 1: forget
-    records that look like test records are taken for members as often as those are.
+    The attack is a logistic regression on the model's confidence, fitted to tell retained records (members) from test
+    records, each group with the same weight. Confidence is in [0, 1], so no single record decides, however large its loss:
+    ``exp(-loss)``, the probability of the label, where the loss is a cross-entropy. Any other loss has a unit of its own
+    and may be negative: there it is ``1 / (1 + exp((loss - m) / s))``, with the median ``m`` of the test records' losses
+    and their median distance ``s`` from it.
+
+    What to aim at is the value of a model retrained without the forget set, not 1: forget records that look like test
+    records are taken for members as often as those are.
 
     Args:
         retain_losses: Of records the model was trained on and keeps, ``(r,)``.
         test_losses: Of records it never saw, ``(t,)``.
         forget_losses: Of the records to forget, ``(m,)``.
+        cross_entropy: Whether losses are negative log-probabilities in nats.
 
     Returns:
-        A share in [0, 1]; 0.5 where all losses of the two groups are equal, so that the attack guesses.
+        A share in [0, 1]; 0.5 where all confidences of the two groups are equal, so that the attack guesses.
 
     Raises:
         ValueError: If a group is empty or no vector, or a loss is not finite.
@@ -234,22 +249,34 @@ def mia_efficacy(retain_losses: Tensor, test_losses: Tensor, forget_losses: Tens
         0.25
 
     Reference:
-        Jia et al., "Model Sparsity Can Simplify Machine Unlearning", NeurIPS 2023, Appendix C.3 (with confidences).
-        arXiv:2304.04934
+        Jia et al., "Model Sparsity Can Simplify Machine Unlearning", NeurIPS 2023, Appendix C.3. arXiv:2304.04934
     """
     groups = {"retain_losses": retain_losses, "test_losses": test_losses, "forget_losses": forget_losses}
     for name, losses in groups.items():
         _check_losses(name, losses)
-    members, others, asked = (losses.detach().cpu().double() for losses in groups.values())
+    retain, test, forget = (losses.detach().cpu().double() for losses in groups.values())
+    if cross_entropy:
+        members, others, asked = (-retain).exp(), (-test).exp(), (-forget).exp()
+    else:
+        members, others, asked = _confidences(retain, test, forget)
     known = torch.cat([members, others])
     if bool((known == known[0]).all()):
         return 0.5
-    scale = known.std()  # the penalty on the weight is then the same for losses of any size
+    scale = known.std()  # the penalty on the weight is then the same for confidences that are close together
     label = torch.cat([torch.ones(len(members)), torch.zeros(len(others))])
     attack = LogisticRegression(class_weight="balanced")
     attack.fit(((known - known.mean()) / scale)[:, None].numpy(), label.numpy())
     says_member = attack.predict(((asked - known.mean()) / scale)[:, None].numpy())
     return float((says_member == 0).mean())
+
+
+def _confidences(retain: Tensor, test: Tensor, forget: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of losses with a unit of their own."""
+    middle = test.median()
+    candidates = [(test - middle).abs().median(), (retain.median() - middle).abs(), torch.cat([retain, test]).std()]
+    unit = next((float(one) for one in candidates if one > 0), 1.0)
+    confident = [torch.sigmoid((middle - losses) / unit) for losses in (retain, test, forget)]
+    return confident[0], confident[1], confident[2]
 
 
 def mia_auc(forget_losses: Tensor, test_losses: Tensor) -> float:

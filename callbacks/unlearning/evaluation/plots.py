@@ -63,7 +63,8 @@ def _draw_knowledge(
     what = "accuracy (%)" if kind == "acc" else "loss"
     hollow = any(result.retain_records is not None for result in results.values())
     ax.set_xlabel(f"Forget {what}")
-    ax.set_ylabel(f"Test{' (filled) and retain (hollow)' if hollow else ''} {what}")
+    test = next(iter(results.values())).test_split.capitalize()
+    ax.set_ylabel(f"{test}{' (filled) and retain (hollow)' if hollow else ''} {what}")
     ax.margins(0.12)
     ax.grid(alpha=0.3)
     ax.legend()

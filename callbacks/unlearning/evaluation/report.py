@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -26,7 +26,7 @@ from typing_extensions import override
 from groundwire.callbacks.logits import LogitsSource
 from groundwire.callbacks.reporting.pictures import log_picture
 from groundwire.callbacks.reporting.progress import work_progress
-from groundwire.callbacks.unlearning.base import UnlearningMethod, peak_memory
+from groundwire.callbacks.unlearning.base import UnlearningMethod
 from groundwire.callbacks.unlearning.data import ForgetRetainData, forget_retain_data
 from groundwire.callbacks.unlearning.evaluation.evaluation import compare_unlearning
 from groundwire.callbacks.unlearning.evaluation.plots import plot_unlearning
@@ -42,7 +42,9 @@ class UnlearningReport(pl.Callback):
     """Measures what a method of unlearning has done, at the end of its fit, and certifies it.
 
     The original model, the one that has forgotten, and the reference are measured as :func:`compare_unlearning` says, on
-    the datamodule's forget and retain sets and its test data (validation data where there are none). The report goes to
+    the datamodule's forget and retain sets, what earlier requests removed, and its test data (validation data where there
+    are none: the report says which). The reference's costs are read from its checkpoint, if it was made by a method such as
+    ``Retrain``. The report goes to
     ``<dirpath>``: ``unlearning.md`` and ``.json`` with all figures, ``unlearning.png``, ``relearning.csv``, and
     ``certificate.json`` with what was done to which weights and data. Loggers get the figures of the model that has
     forgotten as ``unlearn/forget_acc``, ``unlearn/mia_efficacy``, ``unlearn/kl_forget`` and so on; W&B also the table.
@@ -148,9 +150,10 @@ class UnlearningReport(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = self._folder(trainer)
         found: tuple[dict[str, UnlearningResult], str] = {}, ""
+        read = _method_of(trainer).records_read_everywhere()  # asks all processes
         if trainer.is_global_zero:
             try:
-                found = self._report(trainer, pl_module, folder), ""
+                found = self._report(trainer, pl_module, folder, read), ""
             except Exception as error:
                 trainer.strategy.broadcast(({}, f"{type(error).__name__}: {error}"))  # the others wait for an answer
                 raise
@@ -158,21 +161,26 @@ class UnlearningReport(pl.Callback):
         if failure:
             raise RuntimeError(f"UnlearningReport failed in the first process: {failure}")
 
-    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: Path) -> dict[str, UnlearningResult]:
+    def _report(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: Path, read: Mapping[str, int]
+    ) -> dict[str, UnlearningResult]:
         method = _method_of(trainer)
-        memory = peak_memory(trainer.strategy.root_device)  # before the evaluation adds its own
-        certificate = method.certificate() | {"peak_memory_bytes": memory}
+        certificate = method.certificate() | {"records_read": dict(read)}
         models, reference = self._models(trainer, pl_module, method)
-        results = self._measured(trainer, models)
-        read = method.records_read
+        split, _ = _test_loader(trainer)
+        results = {name: replace(result, test_split=split) for name, result in self._measured(trainer, models).items()}
         results["unlearned"] = replace(
             results["unlearned"],
             seconds=method.seconds,
+            recording_seconds=method.recording_seconds,
             records_read=dict(read),
-            peak_memory_bytes=memory,
+            peak_memory_bytes=method.peak_memory_bytes,
             touches_retain=read.get("retain", 0) > 0,
         )
+        if reference is not None:
+            results["reference"] = replace(results["reference"], **_costs_in(Path(reference["checkpoint"])))
         certificate |= {
+            "test_split": split,
             "figures": {name: result.as_dict() for name, result in results.items()},
             "reference": reference,
             "versions": _versions(),
@@ -214,7 +222,8 @@ class UnlearningReport(pl.Callback):
                 models,
                 data.batches("forget", self.batch_size),
                 data.batches("retain", self.batch_size) if data.retain_access else None,
-                _batches(_test_loader(trainer)),
+                _batches(_test_loader(trainer)[1]),
+                earlier=data.batches("earlier", self.batch_size) if len(data.earlier) else None,
                 reference="reference" if "reference" in models else None,
                 original="original",
                 output_loss=self.output_loss,
@@ -278,16 +287,17 @@ def _method_of(trainer: pl.Trainer) -> UnlearningMethod:
     )
 
 
-def _test_loader(trainer: pl.Trainer) -> Any:
-    """The datamodule's loader (or loaders) of test data, else of validation data."""
+def _test_loader(trainer: pl.Trainer) -> tuple[Literal["test", "validation"], Any]:
+    """The datamodule's loader (or loaders) of test data, else of validation data, and which it is."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    for name in ("test_dataloader", "val_dataloader"):
+    names: dict[Literal["test", "validation"], str] = {"test": "test_dataloader", "validation": "val_dataloader"}
+    for split, name in names.items():
         try:
             loader = getattr(data, name)()
         except MisconfigurationException:  # Lightning's own says so where there is none
             continue
         if loader is not None and not (isinstance(loader, list | tuple) and not loader):
-            return loader
+            return split, loader
     raise MisconfigurationException(
         f"UnlearningReport needs data that no model was trained on: give {type(data).__name__} test or validation data."
     )
@@ -303,6 +313,18 @@ def _batches(loader: Any) -> Iterator[Any]:
             one = copy(one)
             one.rank, one.num_ranks = 0, 1
         yield from one
+
+
+def _costs_in(file: Path) -> dict[str, Any]:
+    """What the method that made a checkpoint cost, as its callback's state tells; nothing where there is none."""
+    callbacks = read_checkpoint(file, mmap=True).get("callbacks")
+    states = callbacks.values() if isinstance(callbacks, dict) else ()
+    for state in states:
+        if isinstance(state, dict) and {"method", "seconds"} <= state.keys():
+            read = state.get("records_read")
+            touches = None if read is None else read.get("retain", 0) > 0
+            return {"seconds": state["seconds"], "records_read": read, "touches_retain": touches}
+    return {}
 
 
 def _warn_of_other_data(data: ForgetRetainData, file: Path) -> None:

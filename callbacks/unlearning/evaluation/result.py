@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from groundwire.callbacks.unlearning.evaluation.relearning import RelearningCurve
 
 Cell = str | float | None
 
-_NOT_LOGGED = ("forget_records", "retain_records", "test_records", "relearning")
-_COST = ("seconds", "records_read", "peak_memory_bytes", "touches_retain")
+_NOT_LOGGED = ("forget_records", "retain_records", "test_records", "earlier_records", "test_split", "relearning")
+_COST = ("seconds", "recording_seconds", "records_read", "peak_memory_bytes", "touches_retain")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +20,8 @@ class UnlearningResult:
     """Everything that was measured of one model. None is what could not be: see each entry.
 
     Accuracies are shares of right records (of a sequence, of its tokens), None where labels are values. Entries of the
-    retained data are None where there is none any more. The comparison is None without a reference, and for the reference
-    itself.
+    retained data are None where there is none any more, and those of earlier requests where there were none. The
+    comparison is None without a reference, and for the reference itself.
 
     Args:
         forget_records: Records that were measured.
@@ -33,6 +33,10 @@ class UnlearningResult:
         forget_acc: Accuracy on the forget set.
         retain_acc: The same on the retained data.
         test_acc: The same on the test data.
+        earlier_records: Records that earlier requests have removed.
+        earlier_loss: Mean loss on them.
+        earlier_acc: Accuracy on them.
+        test_split: Which data were used as test data: ``"test"``, or ``"validation"`` where there were no other.
         mia_efficacy: Share of forget records that a membership attack takes for unseen; None without retained data.
         mia_auc: Area under the ROC curve of the loss between forget and test records.
         relearning: How the forget loss falls when the model is trained on it again; None if that was not tried.
@@ -49,8 +53,9 @@ class UnlearningResult:
         output_distance_test: The same on the test data.
         weight_distance: Euclidean distance of the parameters to the reference's.
         seconds: Wall time of the method; None if not known, as the costs below.
-        records_read: Records it read, by part.
-        peak_memory_bytes: Memory at its end, the most so far.
+        recording_seconds: What recording curvature took in the training before, for a method that uses it.
+        records_read: Records it read, by part, all processes together.
+        peak_memory_bytes: The most memory that it had in use above what there was when it began.
         touches_retain: Whether it read retained data.
 
     Example:
@@ -68,6 +73,10 @@ class UnlearningResult:
     forget_acc: float | None = None
     retain_acc: float | None = None
     test_acc: float | None = None
+    earlier_records: int | None = None
+    earlier_loss: float | None = None
+    earlier_acc: float | None = None
+    test_split: Literal["test", "validation"] = "test"
     mia_efficacy: float | None = None
     mia_auc: float | None = None
     relearning: RelearningCurve | None = None
@@ -83,6 +92,7 @@ class UnlearningResult:
     output_distance_test: float | None = None
     weight_distance: float | None = None
     seconds: float | None = None
+    recording_seconds: float | None = None
     records_read: Mapping[str, int] | None = None
     peak_memory_bytes: int | None = None
     touches_retain: bool | None = None
@@ -164,17 +174,24 @@ def _figure(name: str) -> Callable[[UnlearningResult], Cell]:
     return lambda result: getattr(result, name)
 
 
-def _steps(name: str) -> Callable[[UnlearningResult], Cell]:
-    """Steps, or ``> cap``."""
+def _loss_steps(result: UnlearningResult) -> Cell:
+    """Steps, or ``> cap (loss then)``."""
+    steps = result.relearn_steps
+    if steps is None or steps < math.inf:
+        return steps
+    assert result.relearning is not None
+    losses = result.relearning.losses
+    return f"> {len(losses) - 1} ({losses[-1]:.3g})"
 
-    def cell(result: UnlearningResult) -> Cell:
-        value: float | None = getattr(result, name)
-        if value is None or value < math.inf:
-            return value
-        assert result.relearning is not None
-        return f"> {len(result.relearning.losses) - 1}"
 
-    return cell
+def _acc_steps(result: UnlearningResult) -> Cell:
+    """Steps, or ``> cap (accuracy then)``."""
+    steps = result.relearn_acc_steps
+    if steps is None or steps < math.inf:
+        return steps
+    assert result.relearning is not None
+    assert result.relearning.accs is not None
+    return f"> {len(result.relearning.accs) - 1} ({100 * result.relearning.accs[-1]:.1f} %)"
 
 
 def _read(result: UnlearningResult) -> Cell:
@@ -195,19 +212,22 @@ _COLUMNS: dict[str, tuple[Callable[[UnlearningResult], Cell], str]] = {
     "forget acc %": (_percent("forget_acc"), ".1f"),
     "retain acc %": (_percent("retain_acc"), ".1f"),
     "test acc %": (_percent("test_acc"), ".1f"),
+    "earlier acc %": (_percent("earlier_acc"), ".1f"),
     "MIA efficacy %": (_percent("mia_efficacy"), ".1f"),
     "average gap": (_figure("average_gap"), ".2f"),
     "MIA AUC": (_figure("mia_auc"), ".3f"),
     "forget loss": (_figure("forget_loss"), ".3g"),
     "test loss": (_figure("test_loss"), ".3g"),
+    "earlier loss": (_figure("earlier_loss"), ".3g"),
     "KL forget": (_figure("kl_forget"), ".2g"),
     "KL test": (_figure("kl_test"), ".2g"),
     "weight distance": (_figure("weight_distance"), ".3g"),
-    "relearn steps (loss)": (_steps("relearn_steps"), ".0f"),
-    "relearn steps (acc)": (_steps("relearn_acc_steps"), ".0f"),
+    "relearn steps (loss)": (_loss_steps, ".0f"),
+    "relearn steps (acc)": (_acc_steps, ".0f"),
     "time s": (_figure("seconds"), ".2f"),
+    "recording s": (_figure("recording_seconds"), ".2f"),
     "records read": (_read, ""),
-    "peak memory MiB": (_memory, ".0f"),
+    "peak memory increase MiB": (_memory, ".0f"),
     "retained data used": (_retain_used, ""),
 }
 
@@ -254,8 +274,10 @@ def unlearning_table(results: Mapping[str, UnlearningResult]) -> str:
     columns, rows = unlearning_rows(results)
     first = next(iter(results.values()))
     retained = "no retained records (gone)" if first.retain_records is None else f"{first.retain_records} retained"
+    earlier = "" if first.earlier_records is None else f", {first.earlier_records} forgotten by earlier requests"
+    test = "test data" if first.test_split == "test" else f"{first.test_split} data, which stand in for test data"
     lines = [
-        f"Measured on {first.forget_records} records to forget, {retained}, {first.test_records} of the test data.",
+        f"Measured on {first.forget_records} records to forget, {retained}{earlier}, {first.test_records} of the {test}.",
         "",
     ]
     lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
@@ -277,13 +299,28 @@ def _legend(columns: list[str], results: Mapping[str, UnlearningResult]) -> list
         "MIA AUC": "MIA AUC ranks forget against test records by their loss: 0.5 where they look alike.",
         "average gap": f"The average gap is the mean distance to the reference in {', '.join(averaged)}, in points.",
         "KL test": "KL is that of the reference to the model, in nats.",
+        "peak memory increase MiB": "The peak of memory is counted from the level at which the method began.",
+        "recording s": "Recording is what the training spent on the curvature that the method uses.",
     }
     curve = next((r.relearning for r in results.values() if r.relearning is not None), None)
     if curve is not None:
         if curve.target_loss is not None:
-            meanings["relearn steps (loss)"] = f"Relearning (loss) ends at a forget loss of {curve.target_loss:.3g}."
+            meanings["relearn steps (loss)"] = (
+                f"Relearning (loss) ends at a forget loss of {curve.target_loss:.3g}"
+                f"{_where_it_stands(results, _loss_steps, 'loss')}."
+            )
         if curve.target_acc is not None:
             meanings["relearn steps (acc)"] = (
-                f"Relearning (acc) ends at a forget accuracy of {100 * curve.target_acc:.1f} %."
+                f"Relearning (acc) ends at a forget accuracy of {100 * curve.target_acc:.1f} %"
+                f"{_where_it_stands(results, _acc_steps, 'accuracy')}."
             )
     return [f"- {text}" for column, text in meanings.items() if column in columns]
+
+
+def _where_it_stands(
+    results: Mapping[str, UnlearningResult], steps: Callable[[UnlearningResult], Cell], what: str
+) -> str:
+    """How models compare that did not get there in time, if one did not."""
+    if not any(isinstance(steps(result), str) for result in results.values()):
+        return ""
+    return f"; in brackets, the {what} after the last step, by which models that did not get there can be compared"

@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -18,9 +19,15 @@ from groundwire.callbacks.logits import LogitsSource
 from groundwire.callbacks.unlearning.influence.compression import Dropout, GradientCompressor
 from groundwire.callbacks.unlearning.influence.report import InfluenceReporter, InfluenceResult
 from groundwire.callbacks.unlearning.influence.samples import Samples
-from groundwire.callbacks.unlearning.influence.scorer import InfluenceScorer, gradients_in_parts, plain_records
+from groundwire.callbacks.unlearning.influence.scorer import (
+    InfluenceScorer,
+    gradients_in_parts,
+    num_coordinates,
+    plain_records,
+)
 from groundwire.callbacks.unlearning.records import OutputLoss, Records
 from groundwire.callbacks.weights import fingerprint
+from groundwire.plugins.edge.layout import ParameterLayout
 from groundwire.plugins.random import root_seed
 
 _SIGN = "positive: removing the training sample raises the test sample's loss"
@@ -32,7 +39,8 @@ class DropoutInfluence(pl.Callback):
     Influence functions on dropped-out gradients, see :class:`InfluenceScorer`. The training samples are read once, in the
     order of the data set: the datamodule's ``train_data``, where that is a pair of tensors, else the train loader's data
     set; of ``Federated``, device after device. Samples have to be the same whenever they are read: where the data set or a
-    hook for batches draws an augmentation, give ``train_data``. Test samples are the first of the test data, or of the
+    hook for batches draws an augmentation, give ``train_data``. Of ``ForgetRetain`` the retained samples are read, and named
+    by their rows in its training data. Test samples are the first of the test data, or of the
     validation data where there is none.
 
     Writes to ``<run>/influence``: ``influence.csv`` (for each test sample all training samples, the most helpful first),
@@ -50,7 +58,8 @@ class DropoutInfluence(pl.Callback):
         damping: Added to the curvature's diagonal; by default a tenth of its mean.
         curvature: ``"ggn"``, or ``"fisher"`` for the empirical Fisher matrix.
         draws: For modules of very many outputs: labels drawn that stand in for the output Hessian.
-        on_disk: Keep compressed gradients in the folder of the report, as ``gradients.bin``, instead of in memory.
+        on_disk: Keep compressed gradients in the folder of the report, as ``gradients.bin``, instead of in memory, while
+            they are needed; then the file is deleted, for gradients tell of the training samples.
         train_data: Training samples to take instead: a pair of tensors, or a data set.
         test_data: Test samples to take instead.
         loss: Of one record, from its outputs and label; by default cross-entropy of class indices, else squared error.
@@ -66,16 +75,16 @@ class DropoutInfluence(pl.Callback):
         result: What was found, after the fit, on the first process.
 
     Raises:
-        ValueError: If an argument is out of range.
-        MisconfigurationException: At setup, if another report has its name or the strategy shards parameters; at the end
-            of the fit, if samples cannot be read in order.
+        ValueError: If an argument is out of range; before the first step, if the compressor keeps too many entries.
+        MisconfigurationException: At setup, if another report has its name or the strategy shards parameters; before the
+            first step, if samples cannot be read in order.
 
     Reference:
         Zhang, Amiri, "Toward Efficient Influence Function: Dropout as a Compression Tool", 2025. arXiv:2509.15651
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> influence = DropoutInfluence(Dropout(density=1 / 16), num_test=20)
+        >>> influence = DropoutInfluence(Dropout(density=1 / 64), num_test=20)
         >>> trainer = Trainer(callbacks=[influence], logger=False, enable_checkpointing=False)
     """
 
@@ -116,6 +125,7 @@ class DropoutInfluence(pl.Callback):
         )
         self.result: InfluenceResult | None = None
         self._seed: int | None = None
+        self._samples: tuple[Samples, Samples] | None = None
         InfluenceScorer(torch.nn.Identity(), self.compressor, damping, curvature)  # refuses what is out of range
 
     @property
@@ -136,12 +146,27 @@ class DropoutInfluence(pl.Callback):
             self._seed = root_seed(self.compressor.seed)
 
     @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # not in setup: there, other callbacks may yet freeze parameters, and `configure_model` has yet to make them
+        if not any(isinstance(p, UninitializedParameter) for p in pl_module.parameters()):
+            num_coordinates(self._compressor(), ParameterLayout.of(pl_module))
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._samples = self.reporter.samples(trainer)  # on all processes, so that all of them refuse
+
+    def _compressor(self) -> GradientCompressor:
+        """The run's own, with its seed."""
+        compressor = copy.copy(self.compressor)
+        compressor.seed = self._seed
+        return compressor
+
+    @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        train, test = self.reporter.samples(trainer)
-        compressor = copy.copy(self.compressor)
-        compressor.seed = self._seed
+        train, test = self._samples or self.reporter.samples(trainer)
+        compressor = self._compressor()
         store = self.reporter.folder / "gradients.bin" if self.on_disk else None
         scorer = InfluenceScorer(
             pl_module, compressor, self.damping, self.curvature, self.loss, self.reporter.source, store, self.draws
@@ -149,14 +174,17 @@ class DropoutInfluence(pl.Callback):
         before = pl_module.device
         pl_module.to(trainer.strategy.root_device)  # Lightning has moved it away by now
         try:
-            scorer.fit(train.batches(self.reporter.batch_size))
+            scorer.fit(train.batches(self.reporter.batch_size), train.ids)
             scores = torch.cat([scorer.score(batch) for batch in test.batches(self.reporter.batch_size)])
             own = scorer.self_influence()
         finally:
             pl_module.to(before)
+            if store is not None:
+                store.unlink(missing_ok=True)
+        name = type(compressor).__name__
         settings = {
-            "method": "influence functions, dropout as compression",
-            "compressor": type(compressor).__name__,
+            "method": f"influence functions, {name} as compression",
+            "compressor": name,
             "seed": self._seed,
             "k": scorer.k,
             "num_parameters": scorer.num_parameters,
@@ -170,8 +198,12 @@ class DropoutInfluence(pl.Callback):
             "weights_sha256": fingerprint(pl_module.state_dict()),
             "score": _SIGN,
         }
-        self.result = InfluenceResult(scores=scores, self_influence=own, settings=settings)
+        self.result = InfluenceResult(scores=scores, self_influence=own, settings=settings, train_ids=train.ids)
         self.reporter.publish(trainer, self.result, train, test)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._samples = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -295,9 +327,9 @@ class TracIn(pl.Callback):
                 f"TracIn needs the learning rate of one optimizer, but there are {len(trainer.optimizers)}: join their "
                 "parameters as groups of one."
             )
+        train, test = self._samples = self.reporter.samples(trainer)  # on all processes, so that all of them refuse
         if not trainer.is_global_zero:
             return
-        train, test = self._samples = self.reporter.samples(trainer)
         shape = (test.number, train.number)
         if self._scores is None:
             self._scores, self._own = (
@@ -390,7 +422,9 @@ class TracIn(pl.Callback):
             "test_data": self.reporter.split,
             "score": _SIGN,
         }
-        self.result = InfluenceResult(scores=self._scores.clone(), self_influence=self._own.clone(), settings=settings)
+        self.result = InfluenceResult(
+            scores=self._scores.clone(), self_influence=self._own.clone(), settings=settings, train_ids=train.ids
+        )
         self.reporter.publish(trainer, self.result, train, test)
 
     @override

@@ -31,34 +31,38 @@ class InfluenceResult:
         scores: Shape ``(T, n)``; positive where the training sample helps.
         self_influence: Of each training sample on itself, shape ``(n,)``.
         settings: How they were computed: plain values by name.
+        train_ids: Rows of the training samples in the data that they were taken from, shape ``(n,)``, int64; None for
+            ``0, 1, 2, ...``.
     """
 
     scores: Tensor
     self_influence: Tensor
     settings: dict[str, Any]
+    train_ids: Tensor | None = None
 
     def ranking(self) -> Tensor:
-        """Training indices for each test sample, the most helpful first and the most harmful last, ``(T, n)``."""
+        """Columns of ``scores`` for each test sample, the most helpful first and the most harmful last, ``(T, n)``."""
         return self.scores.sort(dim=1, descending=True, stable=True).indices
 
     def write(self, folder: Path) -> None:
-        """Write ``influence.csv``, ``self_influence.csv`` and ``influence.json``.
+        """Write ``influence.csv``, ``self_influence.csv`` and ``influence.json``; training samples go by their rows.
 
         Args:
             folder: Where to; it is made.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        ids = torch.arange(self.scores.shape[1]) if self.train_ids is None else self.train_ids
         with (folder / "influence.csv").open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["test_index", "rank", "train_index", "score"])
             for test, order in enumerate(self.ranking()):
-                of_test = zip(order.tolist(), self.scores[test, order].tolist(), strict=True)
+                of_test = zip(ids[order].tolist(), self.scores[test, order].tolist(), strict=True)
                 writer.writerows((test, rank, index, f"{score:.9g}") for rank, (index, score) in enumerate(of_test))
         with (folder / "self_influence.csv").open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["rank", "train_index", "self_influence"])
             values, order = self.self_influence.sort(descending=True, stable=True)
-            of_all = zip(order.tolist(), values.tolist(), strict=True)
+            of_all = zip(ids[order].tolist(), values.tolist(), strict=True)
             writer.writerows((rank, index, f"{value:.9g}") for rank, (index, value) in enumerate(of_all))
         (folder / "influence.json").write_text(json.dumps(self.settings, indent=1) + "\n")
 
@@ -199,11 +203,12 @@ class InfluenceReporter:
         near_x, near_y = self.source.inputs_and_labels(train.read(chosen.flatten().tolist()))
         if not (isinstance(x, Tensor) and x.ndim == 4 and x.shape[1] in (1, 3) and x.is_floating_point()):
             return
+        ids = chosen if train.ids is None else train.ids[chosen]
         images = torch.cat([x[:, None], near_x.view(*chosen.shape, *x.shape[1:])], dim=1)
         near_y = near_y.view(*chosen.shape, *y.shape[1:])
         titles = [
             [f"test {t}: {self._label(y[t])}"]
-            + [f"{int(i)}: {self._label(label)}" for i, label in zip(chosen[t], near_y[t], strict=True)]
+            + [f"{int(i)}: {self._label(label)}" for i, label in zip(ids[t], near_y[t], strict=True)]
             for t in range(number)
         ]
         figure, _ = plot_influential_samples(images, titles, num_helpful=chosen.shape[1] // 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, TypeGuard
 
 import lightning.pytorch as pl
@@ -13,6 +14,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DistributedSampler, RandomSampler, SequentialSampler, default_collate, default_convert
+
+from groundwire.callbacks.unlearning.data import ForgetRetainData, tells_what_to_forget
 
 Pair = tuple[Tensor, Tensor]
 _PROBED = 8  # samples that are read twice, to see whether they are the same
@@ -25,11 +28,13 @@ class Samples:
 
     Args:
         number: How many.
-        read: From indices to a batch of them.
+        read: From positions, from 0, to a batch of the samples there.
+        ids: Their rows in the data that they were taken from, shape ``(number,)``, int64; None for ``0, 1, 2, ...``.
     """
 
     number: int
     read: Callable[[Sequence[int]], Any]
+    ids: Tensor | None = None
 
     def batches(self, batch_size: int) -> Iterator[Any]:
         """All of them in order."""
@@ -87,21 +92,38 @@ def training_samples(trainer: pl.Trainer, given: Any = None) -> Samples:
         given: Data to take instead.
 
     Returns:
-        The datamodule's ``train_data``, where that is a pair of tensors, else the train loader's data set.
+        The datamodule's ``train_data``, where that is a pair of tensors, else the train loader's data set; of
+        ``ForgetRetain`` the retained samples.
 
     Raises:
-        MisconfigurationException: If they cannot be had in order, as the network sees them.
+        MisconfigurationException: If they cannot be had in order, as the network sees them, or are retained data that is
+            gone.
     """
     if given is not None:
         return samples_of(given, "train data")
     _refuse_hooks(trainer, "train_data")
-    data = getattr(getattr(trainer, "datamodule", None), "train_data", None)
+    datamodule = getattr(trainer, "datamodule", None)
+    if tells_what_to_forget(datamodule):
+        return _retained(datamodule)
+    data = getattr(datamodule, "train_data", None)
     if not _is_pair(data):
         data = trainer.train_dataloader
         if data is None:  # no step was to be taken
             source = trainer.fit_loop._data_source
             data = source.dataloader() if source.is_defined() else None
     return samples_of(data, "train loader")
+
+
+def _retained(data: ForgetRetainData) -> Samples:
+    """The retained samples, under their rows in the training data; they are read when the first is asked for."""
+    ids = data.retain_indices  # raises where they must not be touched
+
+    @cache
+    def pair() -> Pair:
+        inputs, labels = zip(*data.batches("retain"), strict=True)
+        return torch.cat(inputs), torch.cat(labels)
+
+    return Samples(number=len(ids), read=lambda rows: (pair()[0][list(rows)], pair()[1][list(rows)]), ids=ids)
 
 
 def samples_to_explain(
@@ -131,7 +153,10 @@ def samples_to_explain(
     if is_overridden("test_dataloader", trainer.lightning_module):
         return samples_of(trainer.lightning_module.test_dataloader(), "test loader"), "test"
     loaders = trainer.val_dataloaders
-    if loaders is None:
+    if loaders is None:  # not yet needed, or no validation was to be run
+        source = trainer.fit_loop.epoch_loop.val_loop._data_source
+        loaders = source.dataloader() if source.is_defined() else None
+    if loaders is None or loaders == []:
         raise MisconfigurationException(
             "There are no test samples to explain: give `test_data`, a pair of tensors or a data set, or a validation "
             "loader."

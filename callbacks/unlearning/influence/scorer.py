@@ -17,6 +17,7 @@ from groundwire.callbacks.unlearning.influence.compression import GradientCompre
 from groundwire.callbacks.unlearning.influence.functional import damped_factor, default_damping, self_influence, solved
 from groundwire.callbacks.unlearning.records import OutputLoss, Records
 from groundwire.callbacks.weights import fingerprint
+from groundwire.plugins.edge.layout import ParameterLayout
 
 MOST_COORDINATES = 4096
 """Of a compressed gradient, for a dense solve: 128 MiB of curvature, and as much for its factor."""
@@ -43,7 +44,8 @@ class InfluenceScorer:
         loss: Of one record, from its outputs and label; by default cross-entropy of class indices, else squared error.
         source: Where inputs and labels of a batch are found.
         store: File that compressed gradients are written to, and mapped into memory from; None keeps them in memory. It is
-            overwritten, and has to stay as long as this scorer is used.
+            overwritten, and has to stay as long as this scorer is used. Gradients tell of the records that they belong to:
+            keep it as safe as the training data, and delete it after use.
         draws: Labels drawn from the model's prediction that stand in for a record's output Hessian, for modules of very
             many outputs; None for the exact one.
 
@@ -117,14 +119,7 @@ class InfluenceScorer:
         layout = records.layout
         self.num_parameters = layout.numel
         self.excluded = tuple(name for name, _ in self.module.named_parameters() if name not in set(layout.names))
-        if self.compressor is not None:
-            self.compressor.fit(layout)
-        self.k = layout.numel if self.compressor is None else self.compressor.k
-        if self.k > MOST_COORDINATES:
-            raise ValueError(
-                f"Gradients of {self.k} entries are too long for a dense solve (the most is {MOST_COORDINATES}): give a "
-                "compressor that keeps fewer, such as Dropout(k=1024), or freeze parameters."
-            )
+        self.k = num_coordinates(self.compressor, layout)
         curvature, number = torch.zeros(self.k, self.k, dtype=torch.float64), 0
         curvature = curvature.to(next(self.module.parameters()).device)
         with _Store(self.store, self.k) as store:
@@ -232,12 +227,35 @@ class InfluenceScorer:
             )
 
 
+def num_coordinates(compressor: GradientCompressor | None, layout: ParameterLayout) -> int:
+    """Fit the compressor to a layout, and see that a dense solve is possible.
+
+    Args:
+        compressor: Of gradients; None keeps them whole.
+        layout: Of the parameters.
+
+    Returns:
+        Entries of a compressed gradient.
+
+    Raises:
+        ValueError: If they are too many.
+    """
+    if compressor is not None:
+        compressor.fit(layout)
+    k = layout.numel if compressor is None else compressor.k
+    if k > MOST_COORDINATES:
+        raise ValueError(
+            f"Gradients of {k} entries are too long for a dense solve (the most is {MOST_COORDINATES}): give a "
+            "compressor that keeps fewer, such as Dropout(k=1024), or freeze parameters."
+        )
+    return k
+
+
 def plain_records(
     module: nn.Module, loss: OutputLoss | None, source: LogitsSource, draws: int | None = None
 ) -> Records:
     """Derivatives of records that come as pairs of inputs and labels, which ``source`` has taken from a batch."""
-    pairs = LogitsSource(unpack=lambda pair: pair, from_probs=source.from_probs, binary=source.binary)
-    return Records(module, loss, pairs, draws=draws)
+    return Records(module, loss, LogitsSource.of_pairs(source), draws=draws)
 
 
 def gradients_in_parts(records: Records, inputs: Any, labels: Tensor) -> Iterator[Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -78,11 +80,11 @@ def test_exact_representations_solve_downdate_and_apply_as_the_matrix(kind: str)
     curvature, matrix = recorded(kind, rows), rows.T @ rows
     ridge = torch.linspace(0.1, 0.5, P, dtype=torch.float64)
     rhs, vector = rows_of(1, 5)[0], rows_of(1, 6)[0]
-    step = curvature.newton_step(forget, rhs, ridge, share=0.85, clip=None)
+    step = curvature.newton_step(curvature.removal([forget]), rhs, ridge, clip=None)
     expected = torch.linalg.solve(matrix - forget.T @ forget + torch.diag(ridge), rhs)
     torch.testing.assert_close(step.delta, expected, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(curvature.apply(vector), matrix @ vector, rtol=1e-8, atol=1e-8)
-    curvature.remove(forget, 0.85)
+    curvature.remove(curvature.removal([forget]))
     torch.testing.assert_close(curvature.apply(vector), rows[9:].T @ (rows[9:] @ vector), rtol=1e-8, atol=1e-8)
 
 
@@ -93,8 +95,60 @@ def test_low_rank_finds_the_leading_eigenpairs_and_the_tail() -> None:
     assert isinstance(curvature, LowRankCurvature)
     exact = torch.linalg.eigvalsh(rows.T @ rows)
     torch.testing.assert_close(curvature.values, exact[-5:], rtol=1e-6, atol=0)
-    tail = curvature._tail(curvature.trace, curvature.values)
+    tail = curvature._tail()
     assert tail == pytest.approx(float(exact[:-5].mean()), rel=1e-3)
+
+
+def test_low_rank_solves_its_own_matrix_without_the_projected_forget_set() -> None:
+    """Against dense algebra: kept eigenpairs, the tail's mean elsewhere, both without what is removed."""
+    rows, ridge = rows_of(60) * torch.linspace(3, 0.1, P, dtype=torch.float64), 0.1
+    forget, rhs = rows[:9], rows_of(1, 5)[0]
+    curvature = recorded("lowrank", rows, rank=5)
+    assert isinstance(curvature, LowRankCurvature)
+    basis = curvature.basis
+    inside = forget @ basis
+    tail = (rows.square().sum() - curvature.values.sum()) - (forget.square().sum() - inside.square().sum())
+    outside = torch.eye(P, dtype=torch.float64) - basis @ basis.T
+    kept = torch.diag(curvature.values) - inside.T @ inside
+    matrix = basis @ kept @ basis.T + tail / (P - 5) * outside + ridge * torch.eye(P, dtype=torch.float64)
+    removal = curvature.removal([forget[:4], forget[4:]])
+    step = curvature.newton_step(removal, rhs, torch.full((P,), ridge, dtype=torch.float64), clip=None)
+    torch.testing.assert_close(step.delta, torch.linalg.solve(matrix, rhs))
+    curvature.remove(removal)
+    assert curvature.trace == pytest.approx(float(rows[9:].square().sum()))
+    torch.testing.assert_close(curvature.apply(rhs), matrix @ rhs - ridge * rhs)
+
+
+def test_ekfac_bounds_leverages_where_it_is_asked_to() -> None:
+    """A forget set that is more than the whole: refused, or bounded at 0.95 in each direction."""
+    rows = rows_of(12)
+    curvature = recorded("ekfac", rows)
+    ridge = torch.full((P,), 1e-3, dtype=torch.float64)
+    twice = curvature.removal([rows, rows])
+    with pytest.raises(SingularCurvatureError, match=r"leverage .* Raise `damping`"):
+        curvature.newton_step(twice, rows[0], ridge, clip=None)
+    bounded = curvature.newton_step(twice, rows[0], ridge, clip=0.95)
+    alone = curvature.newton_step(curvature.removal([rows * 0]), rows[0], ridge, clip=None)
+    torch.testing.assert_close(bounded.delta, alone.delta / 0.05, rtol=1e-3, atol=1e-6)
+
+
+def test_the_damping_that_a_refusal_names_is_enough() -> None:
+    system, rows = torch.eye(3, dtype=torch.float64), torch.tensor([[2.0, 0.0, 1.0]], dtype=torch.float64)
+    with pytest.raises(SingularCurvatureError) as caught:
+        solve_without(system, rows, rows[0])
+    found = re.search(r"by ([\d.e+-]+) at least", str(caught.value))
+    assert found is not None
+    damped = solve_without(system + float(found[1]) * torch.eye(3).double(), rows, rows[0])
+    assert damped.max_leverage == pytest.approx(0.9, rel=0.02)
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_what_is_not_finite_is_named(broken: int) -> None:
+    arguments = [torch.eye(2), torch.ones(1, 2) / 2, torch.ones(2)]
+    arguments[broken][0] = torch.nan
+    what = ("recorded curvature", "forget set's curvature", "forget set's gradient")[broken]
+    with pytest.raises(RuntimeError, match=f"The {what} is not finite"):
+        solve_without(*arguments)
 
 
 def test_an_unprojected_low_rank_removal_would_have_leverages_above_one() -> None:
@@ -107,7 +161,7 @@ def test_an_unprojected_low_rank_removal_would_have_leverages_above_one() -> Non
     with pytest.raises(SingularCurvatureError):
         solve_without(kept, rows[:10], rows[0])
     step = curvature.newton_step(
-        rows[:10], rows[0], torch.full((P,), ridge, dtype=torch.float64), share=0.75, clip=None
+        curvature.removal([rows[:10]]), rows[0], torch.full((P,), ridge, dtype=torch.float64), clip=None
     )
     assert step.max_leverage < 1
 
@@ -128,7 +182,7 @@ def test_ekfac_is_exact_where_the_curvature_is_a_kronecker_product() -> None:
     vector = torch.randn(6, generator=g, dtype=torch.float64)
     torch.testing.assert_close(curvature.apply(vector), rows.T @ (rows @ vector))
     ridge = torch.full((6,), 0.2, dtype=torch.float64)
-    step = curvature.newton_step(rows[:1], vector, ridge, share=0.8, clip=None)
+    step = curvature.newton_step(curvature.removal([rows[:1]]), vector, ridge, clip=None)
     matrix = rows.T @ rows - torch.outer(rows[0], rows[0]) + torch.diag(ridge)
     torch.testing.assert_close(step.delta, torch.linalg.solve(matrix, vector))
 
@@ -141,7 +195,7 @@ def test_ekfac_keeps_the_trace_and_is_closer_than_the_diagonal() -> None:
     assert float(found.trace()) == pytest.approx(float(rows.square().sum()), rel=1e-9)
     exact = rows.T @ rows
     assert (found - exact).norm() < (torch.diag(exact.diagonal()) - exact).norm()
-    curvature.remove(rows[:20], 0.6)
+    curvature.remove(curvature.removal([rows[:20]]))
     left = recorded("ekfac", rows)  # the same bases, and the sum over the others alone
     assert isinstance(left, EKFACCurvature)
     assert isinstance(curvature, EKFACCurvature)
@@ -155,6 +209,12 @@ def test_a_bias_joins_its_weight_only_under_the_same_decay() -> None:
     assert sizes([0.1, 0.0, 0.1, 0.1]) == [(4, 3), (4, 1), (2, 5)]
 
 
+def test_a_bias_that_comes_before_its_weight_is_in_one_block() -> None:
+    layer = nn.Module()
+    layer.bias, layer.weight = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, 3))
+    assert [block.parts for block in EKFACCurvature(ParameterLayout.of(layer)).blocks] == [[(2, 6), (0, 2)]]
+
+
 @pytest.mark.parametrize("kind", ["full", "ekfac", "lowrank"])
 def test_state_goes_through_a_checkpoint(kind: str) -> None:
     curvature = recorded(kind, rows_of(30), rank=6)
@@ -162,8 +222,8 @@ def test_state_goes_through_a_checkpoint(kind: str) -> None:
     other.load_state_dict(curvature.state_dict())
     vector = rows_of(1, 8)[0]
     assert torch.equal(other.apply(vector), curvature.apply(vector))
-    other.remove(rows_of(30)[:3], 0.9)
-    curvature.remove(rows_of(30)[:3], 0.9)
+    other.remove(other.removal([rows_of(30)[:3]]))
+    curvature.remove(curvature.removal([rows_of(30)[:3]]))
     assert torch.equal(other.apply(vector), curvature.apply(vector))
 
 
@@ -172,9 +232,9 @@ def test_leverages_stay_below_one_and_removing_everything_leaves_nothing(kind: s
     rows = rows_of(25)
     curvature = recorded(kind, rows)
     ridge = torch.full((P,), 1e-3, dtype=torch.float64)
-    step = curvature.newton_step(rows, rows[0], ridge, share=0.0, clip=None)
+    step = curvature.newton_step(curvature.removal([rows]), rows[0], ridge, clip=None)
     assert 0.9 < step.max_leverage < 1
-    curvature.remove(rows, 0.0)
+    curvature.remove(curvature.removal([rows]))
     assert float(curvature.apply(rows[0]).norm()) < 1e-8 * float(rows.square().sum())
 
 
@@ -191,9 +251,11 @@ def test_bad_input() -> None:
     assert make_curvature("auto", wide, [0.0] * 2, 20_000, 0).kind == "ekfac", "its vectors would take 1.5 GiB"
     nothing = recorded("ekfac", torch.zeros(3, P, dtype=torch.float64))
     with pytest.raises(SingularCurvatureError, match="no damping"):
-        nothing.newton_step(torch.zeros(1, P).double(), torch.ones(P).double(), torch.zeros(P), share=0.5, clip=None)
+        nothing.newton_step(
+            nothing.removal([torch.zeros(1, P).double()]), torch.ones(P).double(), torch.zeros(P), clip=None
+        )
     low = recorded("lowrank", rows_of(3)[:, :1] * torch.eye(P, dtype=torch.float64)[:1], rank=2)
     with pytest.raises(SingularCurvatureError, match=r"neither curvature nor damping|not positive definite"):
         low.newton_step(
-            torch.zeros(1, P).double(), torch.ones(P).double(), torch.zeros(P).double(), share=0.5, clip=None
+            low.removal([torch.zeros(1, P).double()]), torch.ones(P).double(), torch.zeros(P).double(), clip=None
         )

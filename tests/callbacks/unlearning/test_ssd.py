@@ -15,7 +15,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from groundwire.callbacks.reporting import ResumableCheckpoint
-from groundwire.callbacks.unlearning import CurvatureRecorder, ssd
+from groundwire.callbacks.unlearning import CurvatureRecorder
+from groundwire.callbacks.unlearning import records as records_file
 from groundwire.callbacks.unlearning.records import Records
 from groundwire.callbacks.unlearning.ssd import SSD, squared_gradients
 from groundwire.callbacks.weights import fingerprint, read_weights
@@ -93,11 +94,16 @@ def test_importances_are_taken_in_evaluation_mode_and_in_parts(monkeypatch: pyte
     assert module[-1].training
     expected, _ = importances(module.eval(), data, "forget")
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
-    monkeypatch.setattr(ssd, "_CHUNK_BYTES", 7 * 4 * 2410)  # seven records at a time
+    monkeypatch.setattr(records_file, "_CHUNK_BYTES", 7 * 4 * 2410)  # seven records at a time
     seen: list[int] = []
     records = Records(module)
-    own = records.gradients
-    monkeypatch.setattr(records, "gradients", lambda batch: (seen.append(len(batch[1])), own(batch))[1])
+    own = Records.gradients
+
+    def counted(self: Records, batch: Any) -> Tensor:
+        seen.append(len(batch[1]))
+        return own(self, batch)
+
+    monkeypatch.setattr(Records, "gradients", counted)
     torch.testing.assert_close(squared_gradients(records, data.batches("forget")), expected, rtol=1e-4, atol=1e-6)
     assert seen == [7, 7, 7, 7, 7, 5] * 2
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from groundwire.callbacks import LogitsSource
 from groundwire.callbacks.reporting import ResumableCheckpoint
@@ -30,7 +31,7 @@ from groundwire.callbacks.unlearning.ssd import SSD
 from groundwire.datamodules import DatasetDescriptions, ForgetRetain
 from groundwire.plugins.edge import EdgeStrategy
 from groundwire.recipes import TinyTransformer
-from helpers.edge import trainer, weights
+from helpers.edge import generator, trainer, weights
 from helpers.unlearning import (
     ToForget,
     accuracy,
@@ -233,16 +234,25 @@ def test_original_has_the_precision_of_the_run(name: str) -> None:
 
 BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: GradientAscent(max_forget_loss="high"), "'chance', a number or None, got 'high'"),
-    (lambda: GradDiff(gamma=-1.0), "`gamma` must be at least 0, got -1.0"),
-    (lambda: NPO(beta=0.0), "`beta` must be above 0, got 0.0"),
+    (lambda: GradDiff(gamma=-1.0), "`gamma` must be at least 0 and finite, got -1.0"),
+    (lambda: NPO(beta=0.0), "`beta` must be above 0 and finite, got 0.0"),
     (lambda: NPO(alpha=-1.0), "`alpha` must be at least 0"),
     (lambda: RandomLabels(num_classes=1), "`num_classes` must be at least 2, got 1"),
     (lambda: RandomLabels(alpha=-1.0), "`alpha` must be at least 0"),
-    (lambda: SCRUB(alpha=-1.0), "`alpha` and `gamma` must be at least 0, got -1.0 and 1.0"),
+    (lambda: SCRUB(alpha=-1.0), "`alpha` and `gamma` must be at least 0 and finite, got -1.0 and 1.0"),
     (lambda: SCRUB(msteps=-1), "`msteps` must be at least 0, got -1"),
     (lambda: SCRUB(temperature=0.0), "`temperature` must be above 0"),
-    (lambda: SSD(alpha=-1.0), "`alpha` and `lam` must be at least 0, got -1.0 and 1.0"),
-    (lambda: SSD(lam=math.nan), "`alpha` and `lam` must be at least 0, got 10.0 and nan"),
+    (lambda: SCRUB(temperature=math.inf), "`temperature` must be above 0 and finite"),
+    (lambda: SCRUB(gamma=math.nan), "`alpha` and `gamma` must be at least 0 and finite"),
+    (lambda: SSD(alpha=-1.0), "`alpha` and `lam` must be at least 0 .`lam` finite., got -1.0 and 1.0"),
+    (lambda: SSD(lam=math.nan), "`alpha` and `lam` must be at least 0 .`lam` finite., got 10.0 and nan"),
+    (lambda: SSD(alpha=math.nan), "`alpha` and `lam` must be"),
+    (lambda: RandomLabels(alpha=math.nan), "`alpha` must be at least 0 and finite, got nan"),
+    (lambda: NPO(alpha=math.nan), "`alpha` must be at least 0 and finite"),
+    (lambda: NPO(beta=math.inf), "`beta` must be above 0 and finite"),
+    (lambda: GradDiff(gamma=math.nan), "`gamma` must be at least 0 and finite"),
+    (lambda: GradientAscent(max_forget_loss=math.nan), "`max_forget_loss` must be positive and finite"),
+    (lambda: GradientAscent(max_forget_loss=-3.0), "`max_forget_loss` must be positive and finite"),
 ]
 
 
@@ -284,7 +294,8 @@ def test_ascent_raises_the_forget_loss_in_every_step() -> None:
     values = [metrics["train/forget_loss"] for metrics in seen.metrics]
     assert all(after > before for before, after in itertools.pairwise(values))
     assert seen.losses == pytest.approx([-value for value in values])
-    batch = data._data[0][data.forget_indices], data._data[1][data.forget_indices]
+    x, y = (torch.cat(part) for part in zip(*data.batches("forget"), strict=True))
+    batch = x, y
     assert values[0] == pytest.approx(float(F.cross_entropy(trained()(batch[0]), batch[1])), rel=1e-5)
 
 
@@ -490,8 +501,8 @@ def test_scrub_rewinds_to_the_epoch_that_forgot_as_much_as_held_out_data_suggest
     x, y = data.datamodule.val_data
     held_out = (x, y) if what == "random" else (x[y == 3], y[y == 3])
     reference = error(seen.of_epochs[-1], *held_out)
-    forget = data._data[0][data.forget_indices], data._data[1][data.forget_indices]
-    errors = [error(state, *forget) for state in seen.of_epochs]
+    forget_x, forget_y = (torch.cat(parts) for parts in zip(*data.batches("forget"), strict=True))
+    errors = [error(state, forget_x, forget_y) for state in seen.of_epochs]
     assert method.forget_errors == pytest.approx(errors)
     assert len(set(errors)) > 1, "the epochs must differ for this to be a test"
     expected = min(range(6), key=lambda epoch: abs(errors[epoch] - reference))
@@ -510,6 +521,66 @@ def test_scrub_needs_held_out_data_to_rewind() -> None:
             inner.val_data = x[y != 3], y[y != 3]
         with pytest.raises(MisconfigurationException, match="validation samples with the labels of the forget set"):
             unlearn(SCRUB(rewind=True), trained(), data)
+
+
+class Padded(pl.LightningDataModule):
+    """Sequences of 6 tokens, of which each has a label of its own; labels of -100, of one sequence all, count nowhere."""
+
+    def __init__(self, padding: int) -> None:
+        super().__init__()
+        self.train_data, self.val_data = self.padded(0, padding), self.padded(1, padding)
+
+    @staticmethod
+    def padded(seed: int, padding: int) -> tuple[Tensor, Tensor]:
+        g = generator(seed)
+        x = torch.randint(5, (40, 6), generator=g)
+        y = (x + (torch.rand(x.shape, generator=g) < 0.3)) % 5
+        ignored = torch.arange(6) >= torch.randint(2, 6, (40, 1), generator=g)
+        ignored[3] = True
+        return x.where(~ignored, padding), y.where(~ignored, -100)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(TensorDataset(*self.train_data), batch_size=10)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(TensorDataset(*self.val_data), batch_size=10)
+
+
+class Tagger(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]).flatten(0, 1), batch[1].flatten())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+def test_scrub_does_not_see_positions_without_a_label() -> None:
+    found = []
+    for padding in (0, 4):
+        method, seen, last = SCRUB(msteps=2, rewind=True), Weights(), Seen()
+        data = ForgetRetain(Padded(padding), forget="indices", indices=range(8), batch_size=8, seed=0)
+        module, _ = unlearn(method, Tagger(), data, callbacks=[seen, last], steps=-1, max_epochs=3)
+        found.append((weights(module), method.forget_errors, method.rewound_to))
+        assert last.metrics[0]["train/forget_kl"] == 0
+        assert last.metrics[-1]["train/retain_kl"] > 0
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1:] == found[1][1:]
+    x, y = Padded(0).padded(0, 0)
+    network, errors = Tagger(), []
+    for state in seen.of_epochs:
+        network.load_state_dict(state)
+        wrong = network(x[:8]).argmax(-1) != y[:8]
+        errors.append(float(wrong[y[:8] != -100].double().mean()))
+    assert found[0][1] == pytest.approx(errors)
 
 
 def test_scrub_says_which_checkpoints_are_not_rewound(tmp_path: Path) -> None:

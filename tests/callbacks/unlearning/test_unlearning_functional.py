@@ -108,6 +108,36 @@ def test_divergence_of_sequences_is_the_mean_over_positions() -> None:
         kl_to_teacher(student, teacher[:, 0])
 
 
+def test_divergence_leaves_out_positions_without_a_label() -> None:
+    student, teacher = logits(3, 4, 5), logits(3, 4, 5, seed=1)
+    labels = torch.tensor([[1, 2, -100, -100], [-100] * 4, [0, 1, 2, 3]])
+    student.requires_grad_(True)
+    found = kl_to_teacher(student, teacher, 2.0, labels)
+    expected = [kl_to_teacher(student[:1, :2], teacher[:1, :2], 2.0)[0], kl_to_teacher(student, teacher, 2.0)[2]]
+    torch.testing.assert_close(found[[0, 2]], torch.stack(expected))
+    assert found[1] == 0
+    (gradient,) = torch.autograd.grad(found.sum(), student)
+    assert bool((gradient[labels == -100] == 0).all())
+    assert bool((gradient[labels != -100] != 0).any(dim=-1).all())
+    with pytest.raises(ValueError, match=r"Labels \[3, 4\] belong to logits \[3, 4, 5\], got \[3\]"):
+        kl_to_teacher(student, teacher, 2.0, labels[:, 0])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_divergence_where_both_rule_a_class_out_is_that_of_the_other_classes(temperature: float) -> None:
+    student, teacher = logits(6, 5), logits(6, 5, seed=1)
+    others = kl_to_teacher(student[:, 1:], teacher[:, 1:], temperature)
+    student[:, 0] = teacher[:, 0] = -math.inf
+    student.requires_grad_(True)
+    found = kl_to_teacher(student, teacher, temperature)
+    torch.testing.assert_close(found, others)
+    (gradient,) = torch.autograd.grad(found.sum(), student)
+    assert bool(torch.isfinite(gradient).all())
+    assert bool((gradient[:, 0] == 0).all())
+    teacher[:, 0] = 0.0
+    assert bool((kl_to_teacher(student, teacher) == math.inf).all()), "what the teacher does not rule out"
+
+
 # ---------------------------------------------------------------- wrong labels
 
 

@@ -15,9 +15,18 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from groundwire.callbacks import LogitsSource
 from groundwire.callbacks.reporting import ResumableCheckpoint
-from groundwire.callbacks.unlearning import WINU, CurvatureRecorder, SingularCurvatureError
-from groundwire.datamodules import Digits, ForgetRetain
+from groundwire.callbacks.unlearning import (
+    WINU,
+    CurvatureRecorder,
+    Records,
+    Retrain,
+    SingularCurvatureError,
+    record_curvature,
+)
+from groundwire.datamodules import Digits, Federated, ForgetRetain
+from groundwire.plugins.edge import EdgeStrategy
 from groundwire.recipes import SoftmaxRegression
 from helpers.ddp import run_ddp
 from helpers.edge import generator
@@ -195,6 +204,141 @@ def test_at_the_optimum_kappa_does_not_matter(tmp_path: Path) -> None:
     assert distance(half, retrained(gone)) < 1e-8
 
 
+def test_away_from_the_optimum_kappa_says_where_the_step_leads(tmp_path: Path) -> None:
+    """1 to the retained optimum, exactly for a quadratic; 0 takes only the forget set's pull away."""
+    gone = list(range(25))
+    data = Regression()
+    module = Ridge().fit_exactly(*data.train_data)
+    with torch.no_grad():
+        module.linear.weight += 0.3
+    trainer(tmp_path / "a", CurvatureRecorder(), precision="64-true").fit(module, datamodule=data)
+    for kappa in (1.0, 0.0):
+        method = WINU(last(tmp_path / "a"), damping=0.0, kappa=kappa)
+        found = unlearn(tmp_path / "a", tmp_path / f"{kappa}", gone, method)
+        assert (distance(found, retrained(gone)) < 1e-8) == (kappa == 1.0)
+
+
+@pytest.mark.parametrize("options", [{"alpha": 0.5}, {"radius": 1e-2}, {}])
+def test_the_gradient_that_goes_on_is_that_of_the_retained_objective(tmp_path: Path, options: dict[str, float]) -> None:
+    gone = list(range(25))
+    record(tmp_path / "a")
+    method = WINU(last(tmp_path / "a"), **options)  # type: ignore[arg-type]
+    module = unlearn(tmp_path / "a", tmp_path / "b", gone, method)
+    x, y = Regression().train_data
+    loss = F.mse_loss(module(x[25:]), y[25:]) + LB / 2 * module.linear.weight.square().sum()
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad((N - 25) * loss, list(module.parameters()))])
+    assert method.record is not None
+    torch.testing.assert_close(method.record.gradient, expected, rtol=0, atol=1e-9)
+
+
+def small_net() -> SoftmaxRegression:
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        module = SoftmaxRegression(input_shape=(1, 8, 8))
+        module.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 10))
+    return module.double()
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A network on the digits near its optimum, recorded as asked."""
+    module = small_net()
+    x, y = digits().train_data
+    optimizer = torch.optim.LBFGS(module.parameters(), max_iter=300, tolerance_grad=1e-8, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        penalty = sum(p.square().sum() for p in module.parameters())
+        loss = F.cross_entropy(module(x.double()), y) + 5e-4 * penalty
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+    def recorded(**options: Any) -> Path:
+        folder = tmp_path_factory.mktemp("network")
+        recorder = CurvatureRecorder(weight_decay=1e-3, seed=0, **options)
+        t = trainer(folder, recorder, precision="64-true", limit_train_batches=0)
+        t.fit(copy.deepcopy(module), datamodule=Digits(seed=0))
+        return last(folder)
+
+    return recorded
+
+
+@pytest.mark.parametrize(
+    "options", [{"kind": "full"}, {"kind": "lowrank", "rank": 150}, {"kind": "ekfac"}, {"kind": "full", "draws": 16}]
+)
+def test_a_network_forgets_one_request_after_the_other(
+    tmp_path: Path, network: Callable[..., Path], options: dict[str, Any]
+) -> None:
+    """Columns are taken where the curvature was recorded, so what is removed is always part of the sum."""
+    checkpoint = network(**options)
+    for number in range(4):
+        data = ForgetRetain(Digits(seed=0), fraction=0.08, seed=number)
+        method = WINU(checkpoint)
+        module = small_net()
+        trainer(tmp_path / str(number), method, precision="64-true").fit(module, datamodule=data)
+        assert method.details["max_leverage"] < 1
+        x, y = digits().test_data
+        right = (module(x.double()).argmax(dim=1) == y).double().mean()
+        assert right > (0.7 if "draws" in options else 0.9)
+        checkpoint = last(tmp_path / str(number))
+    left = torch.load(checkpoint, weights_only=True)["curvature"]
+    x, y = digits().train_data
+    kept = data.retain_indices
+    at = small_net()
+    at.load_state_dict(torch.load(network(**options), weights_only=True)["state_dict"])
+    records = Records(at, dtype=torch.float64, draws=options.get("draws"), seed=0)
+    fresh = record_curvature(
+        records, (x[kept], y[kept]), ids=kept, **{k: v for k, v in options.items() if k != "draws"}
+    )
+    assert left["num_records"] == len(kept)
+    assert left["squared_gradients"] is None, "a mean over what is forgotten must not stay"
+    if options["kind"] == "full":
+        torch.testing.assert_close(left["curvature"]["matrix"], fresh.curvature.state_dict()["matrix"])
+
+
+def test_network_and_class(tmp_path: Path, network: Callable[..., Path]) -> None:
+    """A whole class: forgotten, and the others are kept."""
+    data = ForgetRetain(Digits(seed=0), forget="class", label=3, seed=0)
+    module = small_net()
+    trainer(tmp_path, WINU(network(kind="full")), precision="64-true").fit(module, datamodule=data)
+    right = {
+        part: [module(x.double()).argmax(dim=1) == y for x, y in data.batches(part)] for part in ("forget", "retain")
+    }  # type: ignore[arg-type]
+    assert torch.cat(right["forget"]).double().mean() < 0.1
+    assert torch.cat(right["retain"]).double().mean() > 0.95
+
+
+def test_clipping_of_leverages_is_what_it_says(tmp_path: Path) -> None:
+    record(tmp_path / "a", decay=0.0)
+    gone = list(range(N - 5))
+    method = WINU(last(tmp_path / "a"), clip_leverage=True)
+    bounded = unlearn(tmp_path / "a", tmp_path / "b", gone, method, decay=0.0)
+    assert torch.isfinite(bounded.vector()).all()
+    assert method.details["max_leverage"] > 0.95
+
+
+def test_a_one_shot_run_that_is_over_is_not_repeated(tmp_path: Path) -> None:
+    """Its record belongs to the original's weights, and would be removed from twice."""
+    record(tmp_path / "a")
+    unlearn(tmp_path / "a", tmp_path / "b", [1, 2, 3])
+    before = last(tmp_path / "b").read_bytes()
+    data = ForgetRetain(Regression(), forget="indices", indices=[1, 2, 3])
+    t = trainer(tmp_path / "b", WINU(last(tmp_path / "a")), precision="64-true")
+    with pytest.raises(MisconfigurationException, match="nothing to resume"):
+        t.fit(Ridge(), datamodule=data, ckpt_path=last(tmp_path / "b"))
+    assert last(tmp_path / "b").read_bytes() == before
+
+
+def test_weights_in_double_precision_are_not_rounded_on_their_way(tmp_path: Path) -> None:
+    record(tmp_path / "a")
+    module = Ridge().float()
+    data = ForgetRetain(Regression(), forget="indices", indices=[1, 2, 3])
+    trainer(tmp_path / "b", WINU(last(tmp_path / "a")), precision="64-true").fit(module, datamodule=data)
+    assert float((module.vector() - retrained([1, 2, 3]).vector()).norm()) < 1e-12
+
+
 def test_a_shorter_step_goes_the_same_way(tmp_path: Path) -> None:
     gone = list(range(25))
     original = record(tmp_path / "a")
@@ -315,6 +459,10 @@ def test_bad_input(tmp_path: Path) -> None:
     frozen = Ridge()
     frozen.linear.bias.requires_grad_(False)
     fails(tmp_path, "same parameters frozen", ValueError, WINU(file), module=frozen)
+    few = copy.deepcopy(content)
+    few["curvature"]["num_records"] = 2
+    torch.save(few, tmp_path / "few.ckpt")
+    fails(tmp_path, "2 of 2 recorded samples", ValueError, WINU(tmp_path / "few.ckpt"))
     broken = copy.deepcopy(content)
     broken["curvature"]["gradient"][0] = float("nan")
     torch.save(broken, tmp_path / "nan.ckpt")
@@ -392,6 +540,78 @@ def test_the_objectives_weight_decay_is_the_optimizers(tmp_path: Path) -> None:
     assert recorder.record is not None
     assert recorder.record.weight_decay == {"linear.weight": LB, "linear.bias": 0.0}
     assert float(recorder.record.gradient.norm()) < 1e-10  # which it is only with the right decay
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"kind": "full"}, "20,100 parameters takes"),
+        ({"draws": 2, "output_loss": lambda z, y: z.sum()}, "leave `loss` at its default"),
+        ({"source": LogitsSource("linear")}, "outputs of `forward`"),
+    ],
+)
+def test_what_cannot_be_recorded_is_said_before_the_training(
+    tmp_path: Path, options: dict[str, Any], match: str
+) -> None:
+    module = Ridge()
+    module.linear = nn.Linear(200, 100).double()
+    with pytest.raises((ValueError, MisconfigurationException), match=match):
+        trainer(tmp_path, CurvatureRecorder(**options)).fit(module, datamodule=Regression())
+
+
+@pytest.mark.parametrize("argument", [{"kind": "diag"}, {"rank": 0}, {"batch_size": 0}, {"draws": 0}])
+def test_bad_arguments_of_the_recorder(tmp_path: Path, argument: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"`{next(iter(argument))}`"):
+        trainer(tmp_path, CurvatureRecorder(**argument)).fit(Ridge(), datamodule=Regression())
+
+
+def test_beside_a_one_shot_method_there_is_nothing_to_record(tmp_path: Path) -> None:
+    record(tmp_path / "a")
+    data = ForgetRetain(Regression(), forget="indices", indices=[1])
+    t = trainer(tmp_path / "b", WINU(last(tmp_path / "a")), CurvatureRecorder(), precision="64-true")
+    with pytest.raises(MisconfigurationException, match="Take CurvatureRecorder out"):
+        t.fit(Ridge(), datamodule=data)
+
+
+def test_after_retraining_the_retained_records_are_recorded_and_the_stream_goes_on(tmp_path: Path) -> None:
+    record(tmp_path / "a")
+    data = ForgetRetain(Regression(), forget="indices", indices=[1, 2, 3])
+    module = retrained([1, 2, 3])
+    t = trainer(tmp_path / "b", Retrain(last(tmp_path / "a")), CurvatureRecorder(), precision="64-true")
+    t.fit(module, datamodule=data)
+    content = torch.load(last(tmp_path / "b"), weights_only=True)["curvature"]
+    assert content["num_records"] == N - 3
+    assert not content["row_digests"][[1, 2, 3]].any()
+    forgotten = unlearn(tmp_path / "b", tmp_path / "c", [10, 11])
+    assert distance(forgotten, retrained([1, 2, 3, 10, 11])) < 1e-8
+
+
+def test_one_devices_data_can_be_forgotten(tmp_path: Path) -> None:
+    """Trained over devices, recorded, and then without the third one's samples."""
+    federated = lambda: Federated(Digits(seed=0), num_devices=4, samples_per_device=100, seed=0)
+    t = trainer(
+        tmp_path / "a", CurvatureRecorder(weight_decay=1e-3), strategy=EdgeStrategy(num_devices=4), max_epochs=20
+    )
+    t.fit(SoftmaxRegression(input_shape=(1, 8, 8)), datamodule=federated())
+    content = torch.load(last(tmp_path / "a"), weights_only=True)["curvature"]
+    assert content["num_records"] == 400
+    data = ForgetRetain(federated(), forget="device", device=2, retain_access=False)
+    method = WINU(last(tmp_path / "a"), damping=4.0)
+    trainer(tmp_path / "b", method).fit(SoftmaxRegression(input_shape=(1, 8, 8)), datamodule=data)
+    assert len(data.forget_indices) == 100
+    assert torch.load(last(tmp_path / "b"), weights_only=True)["curvature"]["num_records"] == 300
+
+
+def _record_loader_ddp(folder: Path) -> None:
+    x, y = Regression().train_data
+    options = {"devices": 2, "strategy": "ddp", "precision": "64-true"}
+    loader = DataLoader(TensorDataset(x, y), batch_size=50, shuffle=True)
+    trainer(folder, CurvatureRecorder(), **options).fit(Ridge().fit_exactly(x, y), loader)
+
+
+def test_two_processes_record_a_train_loader_that_lightning_splits(tmp_path: Path) -> None:
+    run_ddp(_record_loader_ddp, tmp_path)
+    assert torch.load(last(tmp_path), weights_only=True)["curvature"]["num_records"] == N
 
 
 def test_squared_gradients_are_means_over_records(tmp_path: Path) -> None:

@@ -201,6 +201,73 @@ def test_sequences() -> None:
     assert found.relearning is not None
 
 
+def padded(parts: list[Any], empty: bool = True) -> list[Any]:
+    """Without the labels of the last three tokens, and of one record, or with a record more that has none."""
+    x, y = parts[0][0], parts[0][1].clone()
+    y[:, -3:] = -100
+    if empty:
+        x, y = torch.cat([x[:2], x[:1], x[2:]]), torch.cat([y[:2], torch.full_like(y[:1], -100), y[2:]])
+    return [(x, y)]
+
+
+def test_records_and_tokens_without_a_label_count_nowhere() -> None:
+    module, reference = Sequences(0), Sequences(1)
+    parts = [tokens(6, 0), tokens(20, 1), tokens(8, 2)]
+    options: dict[str, Any] = {"reference": reference, "original": reference, "relearn_steps": 3}
+    found = evaluate_unlearning(module, *map(padded, parts), earlier=padded(tokens(5, 3)), **options)
+    without = evaluate_unlearning(
+        module, *(padded(p, empty=False) for p in parts), earlier=padded(tokens(5, 3), empty=False), **options
+    )
+    assert found == without, "a record without labels is left out, and no model has diverged"
+    assert (found.forget_records, found.test_records, found.earlier_records) == (6, 8, 5)
+    cut = [[(x, y[:, :-3])] for part in parts for x, y in part]
+
+    class Shorter(nn.Module):
+        def __init__(self, whole: nn.Module) -> None:
+            super().__init__()
+            self.whole = whole
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.whole(x)["logits"][:, :-3]
+
+    short = evaluate_unlearning(Shorter(module), *cut, reference=Shorter(reference), relearn=False)
+    for name in ("kl_forget", "kl_test", "disagreement_forget", "disagreement_test", "output_distance_forget"):
+        assert getattr(found, name) == pytest.approx(getattr(short, name), rel=1e-6), name
+    whole = evaluate_unlearning(module, *parts, reference=reference, relearn=False)
+    assert found.kl_forget != pytest.approx(whole.kl_forget, rel=1e-4), "padding would have made a difference"
+    with pytest.raises(ValueError, match="The test data is empty: give at least one record with a label"):
+        evaluate_unlearning(module, parts[0], parts[1], [(x, torch.full_like(y, -100)) for x, y in parts[2]])
+
+
+def test_what_earlier_requests_removed_is_one_more_part() -> None:
+    earlier = records(12, 9)
+    found = evaluate_unlearning(net(), *PARTS, earlier=batched(earlier), reference=net(2), relearn=False)
+    loss, acc, _, _ = by_hand(net(), earlier)
+    assert (found.earlier_records, found.earlier_acc) == (12, pytest.approx(acc))
+    assert found.earlier_loss == pytest.approx(loss, rel=1e-5)
+    assert {"earlier_acc", "earlier_loss"} <= found.scalars().keys()
+    assert found.as_dict()["earlier_acc"] == found.earlier_acc
+    assert "12 forgotten by earlier requests" in found.as_markdown()
+    assert "| earlier acc % |" in found.as_markdown()
+    none = evaluate_unlearning(net(), *PARTS, relearn=False)
+    assert none.earlier_acc is none.earlier_loss is none.earlier_records is None
+    assert "earlier" not in none.as_markdown()
+
+
+def test_the_membership_attack_on_values_does_not_depend_on_their_unit() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        small, large = nn.Linear(6, 1), nn.Linear(6, 1)
+    for own, p in zip(small.parameters(), large.parameters(), strict=True):
+        p.data.copy_(1000 * own.data)
+    parts = [[(x, x.sum(1, keepdim=True))] for x in (FORGET[0], RETAIN[0] / 2, TEST[0])]
+    scaled = [[(x, 1000 * y) for x, y in part] for part in parts]
+    found, again = (evaluate_unlearning(m, *p, relearn=False) for m, p in ((small, parts), (large, scaled)))
+    assert again.forget_loss == pytest.approx(1e6 * found.forget_loss, rel=1e-4)
+    assert again.mia_efficacy == pytest.approx(found.mia_efficacy, abs=1e-9)
+    assert 0.5 < found.mia_efficacy <= 1, "the forget records look like test records"
+
+
 def test_values_have_losses_and_distances_alone() -> None:
     parts = [[(x, x.sum(1, keepdim=True))] for x in (FORGET[0], RETAIN[0], TEST[0])]
     module, reference = nn.Linear(6, 1), nn.Linear(6, 1)
@@ -311,7 +378,10 @@ def test_tables_have_a_row_a_model_and_no_empty_column(tmp_path: Path) -> None:
     assert "time s" not in header
     steps = {row[0]: dict(zip(cells[0], row, strict=True))["relearn steps (loss)"] for row in cells[1:]}
     assert steps["original"] == "0"
-    assert set(steps.values()) <= {"0", "> 2"}
+    at_the_end = found["unlearned"].relearning
+    assert steps["unlearned"] == f"> 2 ({at_the_end.losses[-1]:.3g})"
+    assert f"> 2 ({100 * at_the_end.accs[-1]:.1f} %)" in mine.values()
+    assert "; in brackets, the loss after the last step, by which models that did not get there" in table
     assert found["unlearned"].as_markdown().splitlines()[4].startswith("| unlearned |")
     with pytest.raises(ValueError, match="at least one result"):
         unlearning_table({})
@@ -327,7 +397,24 @@ def test_results_are_plain_for_json_and_loggers() -> None:
     assert {"forget_acc", "retain_acc", "test_acc", "kl_forget", "mia_efficacy", "average_gap"} <= set(numbers)
     assert all(isinstance(value, float) for value in numbers.values())
     assert not {"seconds", "peak_memory_bytes", "relearning"} & set(result(seconds=1.0, peak_memory_bytes=9).scalars())
+    assert not {"recording_seconds", "test_split"} & set(result(recording_seconds=1.0).scalars())
     assert result(kl_test=math.inf).as_dict()["kl_test"] == "inf"
+
+
+def test_tables_and_pictures_name_what_stood_in_for_test_data() -> None:
+    assert "5 of the test data." in result().as_markdown()
+    assert "5 of the validation data, which stand in for test data." in result(test_split="validation").as_markdown()
+    fig, _ = plot_unlearning({"mine": result(forget_acc=0.1, test_acc=0.9, test_split="validation")})
+    assert fig.axes[0].get_ylabel() == "Validation accuracy (%)"
+
+
+def test_a_table_has_the_costs_that_are_known() -> None:
+    table = unlearning_table({"a": result(recording_seconds=1.5, peak_memory_bytes=3 * 2**20), "b": result()})
+    columns, _, first, second = ([c.strip() for c in line.split("|")[1:-1]] for line in table.splitlines()[2:6])
+    assert dict(zip(columns, first, strict=True))["recording s"] == "1.50"
+    assert dict(zip(columns, first, strict=True))["peak memory increase MiB"] == "3"
+    assert second[columns.index("recording s")] == ""
+    assert "recording s" not in result(peak_memory_bytes=1).as_markdown()
 
 
 def test_the_plot_marks_the_reference_and_draws_each_curve() -> None:

@@ -94,6 +94,20 @@ def test_kl_where_a_class_is_ruled_out() -> None:
     assert kl_divergences(yes, no).item() == math.inf
 
 
+def test_positions_without_a_label_are_left_out_of_every_comparison() -> None:
+    p, q = draw(3, 4, 5), draw(3, 4, 5, seed=1)
+    labels = torch.randint(5, (3, 4), generator=torch.Generator().manual_seed(2))
+    labels[0, 2:], labels[1] = -100, -100
+    q[0, 0], q[0, 2:] = p[0, 0], -p[0, 2:]
+    for figure in (kl_divergences, disagreements, output_distances):
+        found = figure(p, q, labels=labels)
+        torch.testing.assert_close(found[:1], figure(p[:1, :2], q[:1, :2]))
+        assert found[0] != figure(p, q)[0]
+        assert math.isnan(found[1])
+        torch.testing.assert_close(found[2:], figure(p[2:], q[2:]))
+    assert math.isnan(record_accuracies(p, labels)[1])
+
+
 def test_disagreement_and_distance() -> None:
     p, q = draw(6, 4), draw(6, 4, seed=1)
     assert disagreements(p, q).tolist() == (p.numpy().argmax(1) != q.numpy().argmax(1)).astype(float).tolist()
@@ -131,6 +145,8 @@ def test_records_that_look_like_members_are_taken_for_such() -> None:
 
 def test_the_attack_is_a_logistic_regression_in_which_both_groups_weigh_the_same() -> None:
     members, others, asked = draw(300).exp(), draw(30, seed=1).exp() * 2, draw(500, seed=2).exp() * 1.5
+    found = mia_efficacy(members, others, asked)
+    members, others, asked = (torch.exp(-losses) for losses in (members, others, asked))
     x = np.concatenate([members, others])
     sign, scale = np.concatenate([np.ones(300), -np.ones(30)]), x.std(ddof=1)
     weight = np.concatenate([np.full(300, 330 / 600), np.full(30, 330 / 60)])
@@ -141,8 +157,31 @@ def test_the_attack_is_a_logistic_regression_in_which_both_groups_weigh_the_same
 
     w = minimize(objective, [0.0, 0.0], tol=1e-12).x
     unseen = w[0] * (asked.numpy() - x.mean()) / scale + w[1] < 0
-    assert mia_efficacy(members, others, asked) == pytest.approx(unseen.mean(), abs=2 / 500)
+    assert found == pytest.approx(unseen.mean(), abs=2 / 500)
     assert 0.1 < unseen.mean() < 0.9
+
+
+@pytest.mark.parametrize("cross_entropy", [True, False])
+def test_one_record_with_a_huge_loss_does_not_decide_the_attack(cross_entropy: bool) -> None:
+    members, others, asked = draw(200).abs() * 0.1, 1 + draw(50, seed=1).abs(), torch.tensor([0.05, 0.1, 1.5, 2.0])
+    assert mia_efficacy(members, others, asked, cross_entropy) == 0.5
+    for part in (members, others):
+        kept = part[0].clone()
+        part[0] = 1e4
+        assert mia_efficacy(members, others, asked, cross_entropy) == 0.5
+        part[0] = kept
+
+
+def test_losses_of_another_kind_may_be_negative_and_in_any_unit() -> None:
+    members, others = -3 + draw(200).abs() * 0.1, draw(50, seed=1)
+    asked = torch.cat([members[:30], others[:20]])
+    found = mia_efficacy(members, others, asked, cross_entropy=False)
+    assert found == pytest.approx(20 / 50, abs=2 / 50)
+    for unit in (1e-6, 1e6):
+        assert mia_efficacy(*(unit * x for x in (members, others, asked)), cross_entropy=False) == found
+    same = torch.full((7,), -0.3)
+    assert mia_efficacy(same, same[:3], same, cross_entropy=False) == 0.5
+    assert mia_efficacy(same - 1, same[:3], same, cross_entropy=False) == 1.0, "test losses without a spread"
 
 
 def test_an_attack_that_knows_nothing() -> None:
