@@ -23,11 +23,9 @@ from groundwire.callbacks.training_data import TrainingSamples, training_samples
 from groundwire.callbacks.unlearning.base import OneShotMethod
 from groundwire.callbacks.unlearning.curvature import (
     AUTO_FULL,
+    KINDS,
     Curvature,
     CurvatureKind,
-    EKFACCurvature,
-    FullCurvature,
-    LowRankCurvature,
     check_kind,
     make_curvature,
 )
@@ -40,8 +38,6 @@ from groundwire.plugins.random import root_seed, stream
 
 KEY = "curvature"
 """Where a Lightning checkpoint has the record."""
-
-_KINDS: dict[str, type[Curvature]] = {c.kind: c for c in (FullCurvature, LowRankCurvature, EKFACCurvature)}
 
 
 @dataclass
@@ -105,7 +101,7 @@ class CurvatureRecord:
                 f"The recorded curvature is of {len(found['gradient']):,} parameters, and the module trains "
                 f"{layout.numel:,} (or others): build the model as it was trained, with the same parameters frozen."
             )
-        kind = _KINDS[found["kind"]]
+        kind = KINDS[found["kind"]]
         curvature = kind.__new__(kind)
         curvature.load_state_dict(found["curvature"])
         rest = {name: value for name, value in found.items() if name not in ("kind", "curvature")}

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 RESULTS = DOCS / "studies" / "results"
 TASKS = {
+    "logistic": "logistic regression on digits, random 5 %",
     "random": "Fashion-MNIST, random 5 %",
     "class": "Fashion-MNIST, one class (dresses)",
     "text": "language model, one document",
@@ -144,9 +145,31 @@ def relearning(ax: Axes, title: str, models: Models) -> None:
     ax.legend(fontsize="x-small")
 
 
+def frontiers() -> Figure:
+    """Forget against retain accuracy at each learning rate: what a method buys, and what it pays."""
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    for ax, task in zip(figure.subplots(1, 2), ("random", "class"), strict=True):
+        with (RESULTS / f"unlearning_lr_{task}.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        for number, label in enumerate(dict.fromkeys(row["label"] for row in rows)):
+            points = [row for row in rows if row["label"] == label]
+            x, y = ([float(row[f"unlearn/{part}_acc mean"]) for row in points] for part in ("forget", "retain"))
+            ax.plot(x, y, "o-", markersize=5, linewidth=0.8, color=f"C{number}", label=label)
+        with (RESULTS / f"unlearning_{task}.csv").open(newline="") as file:
+            target = list(csv.DictReader(file))
+        for label, marker in (("retrained", "kX"), ("WIN-U", "r*")):
+            seed0 = next(row for row in target if row["method"] == label and row["seed"] == "0")
+            ax.plot(float(seed0["forget_acc"]), float(seed0["retain_acc"]), marker, markersize=12, label=label)
+        ax.set(xlabel="Accuracy on the forget set", ylabel="Accuracy on the retained data", title=TASKS[task])
+        ax.set_ylim(0.7, 0.97)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize="x-small")
+    return figure
+
+
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/compare")
-    figure = Figure(figsize=(15, 9.5), layout="constrained")
+    figure = Figure(figsize=(20, 9.5), layout="constrained")
     axes = figure.subplots(2, len(TASKS))
     for column, (task, title) in enumerate(TASKS.items()):
         models = models_of(Runs(folder, f"unlearning_{task}"))
@@ -154,7 +177,8 @@ def main() -> None:
         scatter(axes[0, column], title, models)
         relearning(axes[1, column], title, models)
         print(f"\n{title}\n\n{table(models)}")
-    figure.savefig(DOCS / "unlearning.png", dpi=110)
+    figure.savefig(DOCS / "unlearning.png", dpi=90)
+    frontiers().savefig(DOCS / "unlearning_frontiers.png", dpi=110)
 
 
 if __name__ == "__main__":
