@@ -59,7 +59,7 @@ class Curvature(ABC):
         parts, trace = [], 0.0
         for rows in chunks:
             parts.append(self._reduced(rows))
-            trace += float(rows.double().square().sum())
+            trace += float(rows.square().sum(dtype=torch.float64))
         if not parts:
             raise ValueError("There is no record to remove.")
         return Removal(part=self._joined(parts), trace=trace)

@@ -56,7 +56,7 @@ class LowRankCurvature(Curvature):
         inside = rows @ self.basis
         last = number == self.num_passes - 1
         if last:
-            self.trace += float(rows.double().square().sum())
+            self.trace += float(rows.square().sum(dtype=torch.float64))
         found = inside.T @ inside if last else rows.T @ inside
         self._sum = found if self._sum is None else self._sum.add_(found)
 
@@ -85,7 +85,7 @@ class LowRankCurvature(Curvature):
 
     @override
     def _reduced(self, rows: Tensor) -> Tensor:
-        inside: Tensor = rows.double() @ self.basis.to(rows.device).double()
+        inside: Tensor = (rows @ self.basis.to(rows)).double()
         return inside
 
     @override
