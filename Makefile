@@ -12,7 +12,8 @@ FIRST_LIGHT := iid_500 by_label_500 iid_200 by_label_200 power bandwidth decoder
 INFORMATION := cmic ncmi_and_error students knockoffs
 ADVERSARIAL := adversarial fal
 PRIVACY := dp_sgd device_privacy
-UNLEARNING := unlearning_lr_random unlearning_lr_class unlearning_random unlearning_class unlearning_text
+UNLEARNING := unlearning_lr_logistic unlearning_lr_random unlearning_lr_class unlearning_logistic unlearning_random \
+	unlearning_class unlearning_text
 SOURCES := $(shell find plugins callbacks datamodules recipes src -name '*.py' -o -name '*.yaml' -o -name '*.md')
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

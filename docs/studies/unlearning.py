@@ -50,7 +50,7 @@ def models_of(runs: Runs) -> Models:
     """What was measured of each method, and of the original and the retrained model."""
     found: Models = {"original": []}
     for label, jobs in runs.jobs.items():
-        if label == "original":
+        if label.startswith("original"):
             continue
         reports = [json.loads((job.folder / "unlearning" / "unlearning.json").read_text()) for job in jobs.values()]
         found[label] = [report["unlearned"] for report in reports]
@@ -127,7 +127,7 @@ def scatter(ax: Axes, title: str, models: Models) -> None:
     ax.set(xscale="log", yscale="log", xlabel="KL(retrained || model) on test data (nats)", title=title)
     ax.set_ylabel("KL(retrained || model) on the forget set (nats)")
     ax.grid(alpha=0.3)
-    ax.legend(fontsize="x-small")
+    ax.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def relearning(ax: Axes, title: str, models: Models) -> None:
@@ -142,7 +142,7 @@ def relearning(ax: Axes, title: str, models: Models) -> None:
         ax.plot(filled.mean(axis=0), linestyle="--" if number >= 10 else "-", label=label, **style)
     ax.set(xlabel="Steps of relearning (Adam on the forget set)", ylabel="Accuracy on the forget set", title=title)
     ax.grid(alpha=0.3)
-    ax.legend(fontsize="x-small")
+    ax.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def frontiers() -> Figure:
@@ -169,7 +169,7 @@ def frontiers() -> Figure:
 
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/compare")
-    figure = Figure(figsize=(20, 9.5), layout="constrained")
+    figure = Figure(figsize=(26, 9.5), layout="constrained")
     axes = figure.subplots(2, len(TASKS))
     for column, (task, title) in enumerate(TASKS.items()):
         models = models_of(Runs(folder, f"unlearning_{task}"))
@@ -177,7 +177,7 @@ def main() -> None:
         scatter(axes[0, column], title, models)
         relearning(axes[1, column], title, models)
         print(f"\n{title}\n\n{table(models)}")
-    figure.savefig(DOCS / "unlearning.png", dpi=90)
+    figure.savefig(DOCS / "unlearning.png", dpi=75)
     frontiers().savefig(DOCS / "unlearning_frontiers.png", dpi=110)
 
 
