@@ -1,13 +1,14 @@
 # make demo       the main job on the embedded digits: five schemes, three seeds; prints where plot and table are
 # make study-first-light, study-information, study-adversarial, study-privacy, study-unlearning     all figures of that page
 #                 under docs/, on Fashion-MNIST: one hour on one core, and two for each of the others; make study does all
-# make test       the tests           make test-slow   the long reproductions as well
+# make test       the tests, on two cores (TEST_JOBS=4 for more)           make test-slow   the long reproductions as well
 # make lint       ruff and mypy       make clean       remove the environments
 # Each sets up an environment of its own. Needed beforehand: Python 3.11 or later with venv and pip, and make.
 
 PYTHON ?= python3
 DEMO_VENV := .venv
 TEST_VENV := .venv-test
+TEST_JOBS ?= 2
 FIRST_LIGHT := iid_500 by_label_500 iid_200 by_label_200 power bandwidth decoders fedavg
 INFORMATION := cmic ncmi_and_error students knockoffs
 ADVERSARIAL := adversarial fal
@@ -54,10 +55,10 @@ study/%: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/groundwire compare --study docs/studies/$*.yaml --output runs/compare/$*
 
 test: $(TEST_VENV)/.installed
-	$(TEST_VENV)/bin/pytest
+	$(TEST_VENV)/bin/pytest -n $(TEST_JOBS) --dist worksteal
 
 test-slow: $(TEST_VENV)/.installed
-	$(TEST_VENV)/bin/pytest -m "slow or not slow"
+	$(TEST_VENV)/bin/pytest -n $(TEST_JOBS) --dist worksteal -m "slow or not slow"
 
 lint: $(TEST_VENV)/.installed
 	$(TEST_VENV)/bin/ruff check
