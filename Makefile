@@ -1,6 +1,6 @@
 # make demo       the main job on the embedded digits: five schemes, three seeds; prints where plot and table are
 # make study-first-light, study-information, study-adversarial, study-privacy, study-unlearning     all figures of that page
-#                 under docs/, on Fashion-MNIST: one hour on one core, and two for each of the others; make study does all
+#                 under docs/, on Fashion-MNIST: one, two, two, two and three hours on one core; make study does all
 # make test       the tests, on two cores (TEST_JOBS=4 for more)           make test-slow   the long reproductions as well
 # make lint       ruff and mypy       make clean       remove the environments
 # Each sets up an environment of its own. Needed beforehand: Python 3.11 or later with venv and pip, and make.
