@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from groundwire.callbacks.reporting import ResumableCheckpoint
-from groundwire.callbacks.step import StepCallback
+from groundwire.callbacks.step import Step, StepCallback, loss_of, with_loss
 from groundwire.callbacks.unlearning.data import ForgetRetainData, Part, forget_retain_data, indices_digest
 from groundwire.callbacks.unlearning.records import warn_of_batchnorm
 from groundwire.callbacks.weights import copy_of, find_checkpoint, fingerprint, load_weights, read_checkpoint
@@ -276,6 +276,28 @@ class IterativeMethod(UnlearningMethod):
                 "this step, and the original checkpoint is untouched. Lower the learning rate or the forget term's weight."
             )
         return loss
+
+    def with_retained(self, step: Step, batch: Any, output: Any, loss: Tensor, weight: float) -> Any:
+        """A step's output with ``loss``, and the module's own loss on the retain batch added to it.
+
+        Args:
+            step: The rest of the step.
+            batch: The dict of batches.
+            output: What the step gave for the forget batch.
+            loss: The forget term.
+            weight: Of the retain loss; 0 leaves the retain batch alone.
+
+        Returns:
+            What a training step may return; None where the step skips the retain batch.
+        """
+        if weight > 0:
+            output = step(batch["retain"])
+            if output is None:
+                return None
+            retain_loss = loss_of(output)
+            self.log_terms(retain_loss=retain_loss)
+            loss = loss + weight * retain_loss
+        return with_loss(output, self.checked(loss))
 
     def log_terms(self, **values: Any) -> None:
         """Log values of this step under ``train/``."""

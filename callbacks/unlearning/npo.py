@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from typing_extensions import override
 
 from groundwire.callbacks.logits import LogitsSource
-from groundwire.callbacks.step import Step, loss_of, with_loss
+from groundwire.callbacks.step import Step, loss_of
 from groundwire.callbacks.unlearning.base import IterativeMethod
 from groundwire.callbacks.unlearning.functional import npo_loss, record_nll
 from groundwire.callbacks.unlearning.reading import original_logits, read_step
@@ -78,12 +78,4 @@ class NPO(IterativeMethod):
         reference = record_nll(original_logits(self.original, forget, self.source), forget.labels)
         loss = npo_loss(record_nll(forget.logits, forget.labels), reference, self.beta)
         self.log_terms(npo=loss, forget_loss=loss_of(forget.output))
-        output = forget.output
-        if self.alpha > 0:
-            output = step(batch["retain"])
-            if output is None:
-                return None
-            retain_loss = loss_of(output)
-            self.log_terms(retain_loss=retain_loss)
-            loss = loss + self.alpha * retain_loss
-        return with_loss(output, self.checked(loss))
+        return self.with_retained(step, batch, forget.output, loss, self.alpha)

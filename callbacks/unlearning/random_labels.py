@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from groundwire.callbacks.logits import LogitsSource
-from groundwire.callbacks.step import Step, loss_of, with_loss
+from groundwire.callbacks.step import Step, loss_of
 from groundwire.callbacks.unlearning.base import IterativeMethod
 from groundwire.callbacks.unlearning.functional import wrong_labels
 from groundwire.callbacks.unlearning.reading import num_classes_of, raw_logits
@@ -131,14 +131,7 @@ class RandomLabels(IterativeMethod):
             return None
         loss = loss_of(output)
         self.log_terms(wrong_label_loss=loss)
-        if self.alpha > 0:
-            output = step(batch["retain"])
-            if output is None:
-                return None
-            retain_loss = loss_of(output)
-            self.log_terms(retain_loss=retain_loss)
-            loss = loss + self.alpha * retain_loss
-        return with_loss(output, self.checked(loss))
+        return self.with_retained(step, batch, output, loss, self.alpha)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -343,17 +343,5 @@ def _samples(trainer: pl.Trainer) -> tuple[TrainingSamples, Tensor]:
         return samples, datamodule.retain_indices
     # the train loader as it was given: under DDP, Lightning has put a sampler of its own into the one that it uses
     source = datamodule if datamodule is not None else trainer.fit_loop._data_source.instance
-    samples = training_samples(
-        _Given(source) if not hasattr(source, "train_dataloader") else source, "CurvatureRecorder"
-    )
+    samples = training_samples(source, "CurvatureRecorder")
     return samples, samples.trained_on
-
-
-class _Given:
-    """A train loader that was passed to ``fit``."""
-
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
-
-    def train_dataloader(self) -> Any:
-        return self._loader

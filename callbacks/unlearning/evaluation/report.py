@@ -27,7 +27,7 @@ from groundwire.callbacks.logits import LogitsSource
 from groundwire.callbacks.reporting.pictures import log_picture
 from groundwire.callbacks.reporting.progress import work_progress
 from groundwire.callbacks.unlearning.base import UnlearningMethod
-from groundwire.callbacks.unlearning.data import ForgetRetainData, forget_retain_data
+from groundwire.callbacks.unlearning.data import ForgetRetainData, earlier_request, forget_retain_data
 from groundwire.callbacks.unlearning.evaluation.evaluation import compare_unlearning
 from groundwire.callbacks.unlearning.evaluation.plots import plot_unlearning
 from groundwire.callbacks.unlearning.evaluation.result import UnlearningResult, unlearning_rows, unlearning_table
@@ -329,8 +329,8 @@ def _costs_in(file: Path) -> dict[str, Any]:
 
 def _warn_of_other_data(data: ForgetRetainData, file: Path) -> None:
     """Say if the reference's checkpoint tells that it was retrained without other records, or on other data."""
-    state = read_checkpoint(file, mmap=True).get(type(data).__qualname__)
-    if not isinstance(state, dict) or not {"forget", "earlier", "data_digest"} <= state.keys():
+    state = earlier_request(read_checkpoint(file, mmap=True))
+    if state is None:
         return
     asked, without = (
         torch.cat(rows).sort().values
