@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
@@ -26,6 +27,8 @@ class Payload:
         dtype: Dtype of the rows before encoding, and so of the decoded ones; their device is that of the parts.
         bits_ideal: Bits of the same messages, all rows together, under an ideal code; for reports only.
         meta: What sender and receiver know beforehand (settings, shared seeds); it does not travel and costs nothing.
+        padding_bytes: Bytes of ``parts`` that only make messages of different lengths a tensor. A device that sends its
+            row alone does not send them.
     """
 
     parts: dict[str, Tensor]
@@ -33,11 +36,12 @@ class Payload:
     dtype: torch.dtype
     bits_ideal: float
     meta: dict[str, object] = field(default_factory=dict)
+    padding_bytes: int = 0
 
     @property
     def bits_wire(self) -> int:
-        """Bits that travel, all rows together, padding included: counted from the tensors themselves."""
-        return 8 * sum(part.numel() * part.element_size() for part in self.parts.values())
+        """Bits that travel, all rows together, the padding of bytes included: counted from the tensors themselves."""
+        return 8 * (sum(part.numel() * part.element_size() for part in self.parts.values()) - self.padding_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,10 @@ class Compressor(nn.Module, ABC):
     """Whether the expectation of the decoded row is the row."""
     linear: bool = False
     """Whether payloads add: the decoded sum of payloads is the sum of the decoded rows (so all-reduce serves)."""
+    carries_nan: bool = True
+    """Whether a row that is not finite arrives as one that is not finite."""
+    ragged: bool = False
+    """Whether the size of a message depends on what it says, and not on ``d`` alone."""
     num_shares: int = 1
     """Honest devices that a guarantee counts on in every sum; above 1, secure aggregation shows nothing but sums."""
 
@@ -74,9 +82,19 @@ class Compressor(nn.Module, ABC):
         """Whether :meth:`privacy` states a guarantee."""
         return type(self).privacy is not Compressor.privacy
 
+    def setup(self, shapes: Mapping[str, torch.Size]) -> None:  # a hook: most need nothing
+        """Learn what will be compressed: the shape of each named tensor whose flattened rows will come.
+
+        Args:
+            shapes: By name, as ``key.name`` will say it.
+
+        Raises:
+            ValueError: If the settings do not fit them.
+        """
+
     @abstractmethod
     def encode(self, x: Tensor, key: Key) -> Payload:
-        """Encode rows ``(rows, d)``; ``key`` names the devices and the round of random draws."""
+        """Encode rows ``(rows, d)``; ``key`` names the devices and the round of random draws, and what ``x`` is."""
 
     @abstractmethod
     def decode(self, payload: Payload) -> Tensor:
@@ -85,6 +103,33 @@ class Compressor(nn.Module, ABC):
     def decode_sum(self, payload: Payload) -> Tensor:
         """The sum of all rows, shape ``(1, d)``, as secure aggregation gives it."""
         return self.decode(payload).sum(0, keepdim=True)
+
+    def propose(self, x: Tensor, key: Key) -> Tensor | None:
+        """What all devices have to add up before they can encode, shape ``(rows, n)``; None if nothing, as for most.
+
+        On a wire, :meth:`encode_agreed` then gets the sum over all devices. :meth:`encode` alone, as in a simulation,
+        takes the rows that it is given for all devices.
+        """
+        return None
+
+    def encode_agreed(self, x: Tensor, key: Key, agreed: Tensor) -> Payload:
+        """Encode rows ``(rows, d)`` with what all devices have added up, the sum of their :meth:`propose`."""
+        raise NotImplementedError(f"{type(self).__name__} proposes nothing.")
+
+    def settle(self, total: Payload, key: Key, num_devices: int) -> None:  # a hook: most remember nothing
+        """Learn from the sum of all devices' payloads, a payload of one row, at the end of a round."""
+
+    def decides(self, round: int) -> bool:
+        """Whether device 0 chooses settings for all devices before ``round``."""
+        return False
+
+    def decide(self) -> Tensor:
+        """What device 0 chooses, small integers of a fixed shape, from what it has seen in :meth:`encode`."""
+        raise NotImplementedError(f"{type(self).__name__} has nothing to decide.")
+
+    def adopt(self, decision: Tensor) -> None:
+        """Go on with what device 0 chose."""
+        raise NotImplementedError(f"{type(self).__name__} has nothing to decide.")
 
     def roundtrip(self, x: Tensor, key: Key) -> Message:
         """Encode and decode rows ``(rows, d)``, and say what the transmission cost."""

@@ -88,6 +88,8 @@ class DistributedDiscreteGaussian(Compressor):
         tensor([[ 1.5000, -2.0000,  0.0000]])
     """
 
+    carries_nan = False
+
     def __init__(
         self,
         clip_norm: float,

@@ -53,6 +53,7 @@ class PrivateSketch(Compressor):
     """
 
     linear = True
+    carries_nan = False
 
     def __init__(
         self,

@@ -52,6 +52,8 @@ class RQM(Compressor):
         (5.47, 0)-DP for one coordinate of a device's updates (replace-one), by the Randomized Quantization mechanism...
     """
 
+    carries_nan = False
+
     def __init__(
         self,
         clip: float,

@@ -46,6 +46,11 @@ class SignSGD(EntryLimited):
         super().__init__(num_entries)
         self.scaled = scaled
 
+    @property
+    def carries_nan(self) -> bool:  # type: ignore[override]
+        """Whether the scale travels."""
+        return self.scaled
+
     @override
     def entry_bits(self, numel: int, num_entries: int) -> float:
         return log2_binomial(numel, num_entries) + num_entries + 32 * self.scaled
