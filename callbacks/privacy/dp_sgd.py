@@ -37,7 +37,7 @@ from groundwire.callbacks.privacy.sampling import (
 )
 from groundwire.callbacks.privacy.train_loader import replace_train_loader
 from groundwire.callbacks.step import is_logging_step
-from groundwire.plugins.edge.strategy import CheckpointMismatchError, NonFiniteUpdateError
+from groundwire.plugins.errors import CheckpointMismatchError, NonFiniteUpdateError
 from groundwire.plugins.privacy import Accounting, PrivacyStatement, noise_multiplier_for, spent_epsilon, steps_within
 from groundwire.plugins.privacy.accounting import check_accounting, check_budget, warn_of_delta, warn_of_gdp
 from groundwire.plugins.random import root_seed, secret_generator, secret_stream

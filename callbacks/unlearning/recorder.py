@@ -33,7 +33,7 @@ from groundwire.callbacks.unlearning.data import tells_what_to_forget
 from groundwire.callbacks.unlearning.records import OutputLoss, Records, warn_of_batchnorm
 from groundwire.callbacks.weights import fingerprint
 from groundwire.plugins.edge import EdgeStrategy
-from groundwire.plugins.edge.layout import ParameterLayout
+from groundwire.plugins.layout import ParameterLayout
 from groundwire.plugins.random import root_seed, stream
 
 KEY = "curvature"

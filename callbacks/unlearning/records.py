@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from groundwire.callbacks.logits import LogitsSource, logits_in
 from groundwire.callbacks.step import loss_of
-from groundwire.plugins.edge.layout import ParameterLayout
+from groundwire.plugins.layout import ParameterLayout
 from groundwire.plugins.random import stream
 
 OutputLoss = Callable[[Tensor, Tensor], Tensor]

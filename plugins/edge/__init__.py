@@ -3,12 +3,10 @@
 from groundwire.plugins.edge.aggregator import Aggregator, MajorityVote, WeightedMean
 from groundwire.plugins.edge.batch import DeviceBatch
 from groundwire.plugins.edge.downlink import Downlink, PerfectDownlink
-from groundwire.plugins.edge.layout import ParameterLayout
-from groundwire.plugins.edge.ledger import Cost, Ledger
 from groundwire.plugins.edge.local import LocalGradient, LocalSGD, LocalWork
 from groundwire.plugins.edge.round import Round
 from groundwire.plugins.edge.scheduler import AllDevices, PoissonSample, Scheduler, UniformSample
-from groundwire.plugins.edge.strategy import CheckpointMismatchError, EdgeStrategy, NonFiniteUpdateError
+from groundwire.plugins.edge.strategy import EdgeStrategy
 from groundwire.plugins.edge.uplinks import (
     ADSGD,
     CapacityLimited,
@@ -19,6 +17,9 @@ from groundwire.plugins.edge.uplinks import (
     Received,
     Uplink,
 )
+from groundwire.plugins.errors import CheckpointMismatchError, NonFiniteUpdateError
+from groundwire.plugins.layout import ParameterLayout
+from groundwire.plugins.ledger import Cost, Ledger
 
 __all__ = [
     "ADSGD",

@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from groundwire.plugins.edge.ledger import Cost
 from groundwire.plugins.edge.part import Part
 from groundwire.plugins.edge.round import Round
+from groundwire.plugins.ledger import Cost
 
 
 class Downlink(Part, ABC):

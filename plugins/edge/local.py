@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
-from groundwire.plugins.edge.layout import Params
 from groundwire.plugins.edge.part import Part
+from groundwire.plugins.layout import Params
 
 
 class Gradient(Protocol):

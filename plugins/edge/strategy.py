@@ -21,8 +21,6 @@ from typing_extensions import override
 from groundwire.plugins.edge.aggregator import Aggregator, WeightedMean
 from groundwire.plugins.edge.batch import DeviceBatch
 from groundwire.plugins.edge.downlink import Downlink, PerfectDownlink
-from groundwire.plugins.edge.layout import ParameterLayout
-from groundwire.plugins.edge.ledger import Cost, Ledger
 from groundwire.plugins.edge.local import LocalGradient, LocalWork
 from groundwire.plugins.edge.logged import over_devices
 from groundwire.plugins.edge.round import Round
@@ -30,6 +28,9 @@ from groundwire.plugins.edge.scheduler import AllDevices, Scheduler
 from groundwire.plugins.edge.updates import DeviceUpdates, DeviceWorker
 from groundwire.plugins.edge.uplinks.base import Received, Uplink
 from groundwire.plugins.edge.uplinks.error_free import ErrorFree
+from groundwire.plugins.errors import CheckpointMismatchError, NonFiniteUpdateError
+from groundwire.plugins.layout import ParameterLayout
+from groundwire.plugins.ledger import Cost, Ledger
 from groundwire.plugins.privacy import PrivacyStatement
 from groundwire.plugins.privacy.refusals import refuse_tuners
 from groundwire.plugins.random import Key, root_seed
@@ -43,14 +44,6 @@ _WHAT_IS_PUBLISHED = (
     "Coins and noise come from the run's seed: it stays secret, and none of its rounds is run again in another way.",
 )
 _PRIVACY_QUERIES = 20  # of a privacy accountant, in a run
-
-
-class NonFiniteUpdateError(RuntimeError):
-    """An update with NaN or infinite entries was about to reach the weights."""
-
-
-class CheckpointMismatchError(MisconfigurationException):
-    """A checkpoint was written by a strategy with other settings."""
 
 
 class EdgeStrategy(SingleDeviceStrategy):

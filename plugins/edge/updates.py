@@ -19,10 +19,10 @@ from torchmetrics import Metric
 
 from groundwire.plugins.edge.batch import DeviceBatch
 from groundwire.plugins.edge.buffers import DeviceBuffers
-from groundwire.plugins.edge.layout import ParameterLayout, Params
 from groundwire.plugins.edge.local import LocalWork
 from groundwire.plugins.edge.logged import LogRecorder
 from groundwire.plugins.edge.round import Round
+from groundwire.plugins.layout import ParameterLayout, Params
 
 _TRACKS_STATISTICS = (nn.modules.batchnorm._NormBase,)
 _SLOW_UNDER_VMAP = (nn.modules.conv._ConvNd,)

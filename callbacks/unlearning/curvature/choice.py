@@ -9,7 +9,7 @@ from groundwire.callbacks.unlearning.curvature.base import Curvature
 from groundwire.callbacks.unlearning.curvature.ekfac import EKFACCurvature
 from groundwire.callbacks.unlearning.curvature.full import FullCurvature, check_size
 from groundwire.callbacks.unlearning.curvature.low_rank import EXTRA_COLUMNS, LowRankCurvature
-from groundwire.plugins.edge.layout import ParameterLayout
+from groundwire.plugins.layout import ParameterLayout
 
 CurvatureKind = Literal["auto", "full", "ekfac", "lowrank"]
 KINDS: dict[str, type[Curvature]] = {c.kind: c for c in (FullCurvature, LowRankCurvature, EKFACCurvature)}

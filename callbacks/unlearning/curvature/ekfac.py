@@ -17,7 +17,7 @@ from groundwire.callbacks.unlearning.curvature.solve import (
     SingularCurvatureError,
     refuse_nonfinite,
 )
-from groundwire.plugins.edge.layout import ParameterLayout
+from groundwire.plugins.layout import ParameterLayout
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from groundwire.callbacks.unlearning.curvature.base import Curvature, Removal
 from groundwire.callbacks.unlearning.curvature.solve import NewtonStep, solve_without
-from groundwire.plugins.edge.layout import ParameterLayout
+from groundwire.plugins.layout import ParameterLayout
 
 MOST_FULL = 10_000  # parameters: 800 MB in float64
 

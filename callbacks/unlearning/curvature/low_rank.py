@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from groundwire.callbacks.unlearning.curvature.base import Curvature, Removal
 from groundwire.callbacks.unlearning.curvature.solve import NewtonStep, SingularCurvatureError, solve_without
-from groundwire.plugins.edge.layout import ParameterLayout
+from groundwire.plugins.layout import ParameterLayout
 from groundwire.plugins.random import stream
 
 EXTRA_COLUMNS = 10  # of the random start, beyond the rank

@@ -27,7 +27,7 @@ from groundwire.callbacks.unlearning.influence.scorer import (
 )
 from groundwire.callbacks.unlearning.records import OutputLoss, Records
 from groundwire.callbacks.weights import fingerprint
-from groundwire.plugins.edge.layout import ParameterLayout
+from groundwire.plugins.layout import ParameterLayout
 from groundwire.plugins.random import root_seed
 
 _SIGN = "positive: removing the training sample raises the test sample's loss"

@@ -10,7 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from groundwire.plugins.edge.layout import ParameterLayout
+from groundwire.plugins.layout import ParameterLayout
 from groundwire.plugins.random import root_seed, stream
 
 _BLOCK = 2**22  # entries of a random matrix that are drawn at once

@@ -17,7 +17,7 @@ from groundwire.callbacks.unlearning.influence.compression import GradientCompre
 from groundwire.callbacks.unlearning.influence.functional import damped_factor, default_damping, self_influence, solved
 from groundwire.callbacks.unlearning.records import OutputLoss, Records
 from groundwire.callbacks.weights import fingerprint
-from groundwire.plugins.edge.layout import ParameterLayout
+from groundwire.plugins.layout import ParameterLayout
 
 MOST_COORDINATES = 4096
 """Of a compressed gradient, for a dense solve: 128 MiB of curvature, and as much for its factor."""

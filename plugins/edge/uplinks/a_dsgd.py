@@ -17,10 +17,10 @@ from groundwire.plugins.channels import (
     make_projection,
 )
 from groundwire.plugins.compression import ErrorMemory, TopK
-from groundwire.plugins.edge.ledger import Cost
 from groundwire.plugins.edge.round import Round
 from groundwire.plugins.edge.uplinks.base import Received, Uplink
 from groundwire.plugins.edge.uplinks.resources import PowerBudget, resolve_channel_uses
+from groundwire.plugins.ledger import Cost
 
 _PILOT_SIGMAS = 3.0  # below this many noise standard deviations the scaling symbol says nothing
 

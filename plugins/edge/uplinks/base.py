@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from groundwire.plugins.edge.ledger import Cost
 from groundwire.plugins.edge.part import Part
 from groundwire.plugins.edge.round import Round
+from groundwire.plugins.ledger import Cost
 from groundwire.plugins.privacy import PrivacyStatement
 
 

@@ -9,10 +9,10 @@ from typing_extensions import override
 
 from groundwire.plugins.channels import GaussianMAC, PowerSchedule
 from groundwire.plugins.compression import ErrorFeedback, Message, RateAdaptive
-from groundwire.plugins.edge.ledger import Cost
 from groundwire.plugins.edge.round import Round
 from groundwire.plugins.edge.uplinks.base import Received, Uplink
 from groundwire.plugins.edge.uplinks.resources import PowerBudget, resolve_channel_uses
+from groundwire.plugins.ledger import Cost
 
 
 class CapacityLimited(Uplink):

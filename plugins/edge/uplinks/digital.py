@@ -8,9 +8,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from groundwire.plugins.compression import Compressor, ErrorFeedback
-from groundwire.plugins.edge.ledger import Cost
 from groundwire.plugins.edge.round import Round
 from groundwire.plugins.edge.uplinks.base import Received, Uplink
+from groundwire.plugins.ledger import Cost
 from groundwire.plugins.privacy import PrivacyStatement
 from groundwire.plugins.privacy.accounting import check_delta
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from groundwire.plugins.compression import Identity, RandK
-from groundwire.plugins.edge.ledger import Cost
 from groundwire.plugins.edge.round import Round
 from groundwire.plugins.edge.uplinks.base import Received, Uplink
 from groundwire.plugins.edge.uplinks.capacity_limited import CapacityLimited
 from groundwire.plugins.edge.uplinks.device_privacy import DevicePrivacy
 from groundwire.plugins.edge.uplinks.digital import Digital
 from groundwire.plugins.edge.uplinks.error_free import ErrorFree
+from groundwire.plugins.ledger import Cost
 from groundwire.plugins.privacy import Accounting, PrivacyStatement
 
 _NEGLIGIBLE = 0.01  # part of delta

@@ -9,11 +9,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from groundwire.plugins.channels import ConstantPower, GaussianMAC, PowerSchedule
-from groundwire.plugins.edge.ledger import Cost
 from groundwire.plugins.edge.round import Round
 from groundwire.plugins.edge.uplinks.base import Received, Uplink
 from groundwire.plugins.edge.uplinks.device_privacy import DevicePrivacy
 from groundwire.plugins.edge.uplinks.resources import PowerBudget
+from groundwire.plugins.ledger import Cost
 from groundwire.plugins.privacy import Accounting, PrivacyStatement
 
 

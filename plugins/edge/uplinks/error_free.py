@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from groundwire.plugins.edge.ledger import Cost
 from groundwire.plugins.edge.round import Round
 from groundwire.plugins.edge.uplinks.base import Received, Uplink
+from groundwire.plugins.ledger import Cost
 
 
 class ErrorFree(Uplink):

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from groundwire.callbacks.adversarial import PGD, AdversarialTraining, ThreatModel
 from groundwire.callbacks.privacy import DPSGD
 from groundwire.callbacks.privacy.sampling import PoissonSampler
-from groundwire.plugins.edge.strategy import NonFiniteUpdateError
+from groundwire.plugins.errors import NonFiniteUpdateError
 from groundwire.plugins.privacy import spent_epsilon
 from helpers.callbacks import (
     Evaluated,

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from groundwire.callbacks.privacy import DPSGD, PrivacyBudgetExhausted
 from groundwire.callbacks.reporting import ResumableCheckpoint
-from groundwire.plugins.edge.strategy import CheckpointMismatchError
+from groundwire.plugins.errors import CheckpointMismatchError
 from groundwire.plugins.privacy import noise_multiplier_for, spent_epsilon
 from groundwire.plugins.privacy.accounting import UnreachableBudgetError
 from helpers.edge import Classifier, Killed, fit, loader, mlp, trainer, weights

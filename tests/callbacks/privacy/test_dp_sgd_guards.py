@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from groundwire.callbacks.privacy import DPSGD, PrivacyBudgetExhausted
 from groundwire.callbacks.privacy.dp_sgd import _GaussianNoise
 from groundwire.callbacks.privacy.sampling import PoissonSampler
-from groundwire.plugins.edge.strategy import CheckpointMismatchError
+from groundwire.plugins.errors import CheckpointMismatchError
 from groundwire.plugins.privacy import spent_epsilon
 from groundwire.plugins.random import secret_generator, stream
 from helpers.callbacks import Evaluated

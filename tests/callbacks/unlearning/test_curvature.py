@@ -19,7 +19,7 @@ from groundwire.callbacks.unlearning.curvature import (
     make_curvature,
     solve_without,
 )
-from groundwire.plugins.edge.layout import ParameterLayout
+from groundwire.plugins.layout import ParameterLayout
 from helpers.edge import generator
 
 LAYOUT = ParameterLayout.of(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double())

@@ -36,7 +36,7 @@ from groundwire.callbacks.unlearning.influence.scorer import num_coordinates
 from groundwire.callbacks.unlearning.retrain import FineTune
 from groundwire.datamodules import Digits, Federated, ForgetRetain
 from groundwire.plugins.edge import EdgeStrategy
-from groundwire.plugins.edge.layout import ParameterLayout
+from groundwire.plugins.layout import ParameterLayout
 from groundwire.recipes import ConvClassifier, SoftmaxRegression
 from helpers.callbacks import Evaluated, state_of
 from helpers.ddp import fit_ddp

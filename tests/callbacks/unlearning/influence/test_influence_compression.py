@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from groundwire.callbacks.unlearning.influence import Dropout, DropoutKron, GaussianProjection, GradientCompressor
 from groundwire.callbacks.unlearning.influence import compression as compression_module
-from groundwire.plugins.edge.layout import ParameterLayout
+from groundwire.plugins.layout import ParameterLayout
 from helpers.edge import generator
 
 KINDS = [Dropout, DropoutKron, GaussianProjection]
