@@ -60,6 +60,11 @@ class ParameterLayout:
             dtypes=tuple(p.dtype for _, p in trainable),
         )
 
+    @classmethod
+    def of_vector(cls, numel: int, dtype: torch.dtype = torch.float32) -> ParameterLayout:
+        """The layout of one nameless parameter of ``numel`` entries, for updates that belong to no module."""
+        return cls(names=("",), shapes=(torch.Size((numel,)),), dtypes=(dtype,))
+
     @property
     def sizes(self) -> list[int]:
         """Entries of each parameter."""

@@ -92,6 +92,13 @@ class Compressor(nn.Module, ABC):
             ValueError: If the settings do not fit them.
         """
 
+    def is_worthwhile(self, shape: torch.Size) -> bool:
+        """Whether a tensor of that shape costs less compressed than as it is."""
+        return True
+
+    def reset_state(self) -> None:  # a hook: most remember nothing
+        """Forget what was learnt from earlier rounds."""
+
     @abstractmethod
     def encode(self, x: Tensor, key: Key) -> Payload:
         """Encode rows ``(rows, d)``; ``key`` names the devices and the round of random draws, and what ``x`` is."""

@@ -1,8 +1,10 @@
-"""What could not be sent is remembered and added to what is sent next."""
+"""What a device remembers of earlier rounds: residuals by name, and the contract of every kind of error feedback."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -20,7 +22,7 @@ class ErrorMemory(nn.Module):
     A row that is not finite leaves its residual as it is.
 
     Args:
-        num_devices: Devices that have a residual; may be said later by :meth:`setup`.
+        num_devices: Devices that have a residual here; may be said later by :meth:`setup`.
 
     Raises:
         ValueError: If ``num_devices`` is below 1.
@@ -37,15 +39,17 @@ class ErrorMemory(nn.Module):
     def __init__(self, num_devices: int | None = None) -> None:
         super().__init__()
         self.num_devices: int | None = None
+        self.first = 0
         self._residuals: dict[str, Tensor] = {}
         if num_devices is not None:
             self.setup(num_devices)
 
-    def setup(self, num_devices: int) -> None:
-        """Say how many devices there are.
+    def setup(self, num_devices: int, first: int = 0) -> None:
+        """Say which devices are here.
 
         Args:
-            num_devices: At least 1.
+            num_devices: How many, at least 1.
+            first: The id of the first of them; a process of several hosts a block of the devices.
 
         Raises:
             ValueError: If it is below 1.
@@ -59,6 +63,26 @@ class ErrorMemory(nn.Module):
                 "reset_state() to forget them."
             )
         self.num_devices = num_devices
+        self.first = first
+
+    def recall(self, like: Tensor, devices: Sequence[int], name: str = "update") -> Tensor:
+        """The residuals of ``devices``, shape ``(rows, n)``; zeros at first.
+
+        Args:
+            like: Rows of what is compressed, shape ``(rows, n)``: they say the shape and the device.
+            devices: Their ids.
+            name: What is compressed.
+
+        Returns:
+            Rows in float32 at least; not to be changed.
+
+        Raises:
+            ValueError: If the ids do not fit the rows or the memory.
+            RuntimeError: If the memory was not set up, or rows of another length were remembered under ``name``.
+        """
+        residual = self._of(name, like)
+        self._check(devices, like)
+        return residual if self._is_everyone(devices) else residual[self._rows(devices, like.device)]
 
     def correct(self, x: Tensor, devices: Sequence[int], name: str = "update") -> Tensor:
         """Add the residuals of ``devices`` to the rows of ``x``, shape ``(rows, n)``: what to compress.
@@ -75,11 +99,7 @@ class ErrorMemory(nn.Module):
             ValueError: If the ids do not fit the rows or the memory.
             RuntimeError: If the memory was not set up, or rows of another length were remembered under ``name``.
         """
-        residual = self._of(name, x)
-        self._check(devices, x)
-        if self._is_everyone(devices):
-            return x + residual
-        return x + residual[self._rows(devices, x.device)]
+        return x + self.recall(x, devices, name)
 
     def keep(self, residual: Tensor, devices: Sequence[int], name: str = "update") -> None:
         """Remember rows ``(rows, n)`` as the residuals of ``devices``; rows that are not finite are not remembered.
@@ -96,9 +116,7 @@ class ErrorMemory(nn.Module):
         memory = self._of(name, residual)
         self._check(devices, residual)
         rows, residual = self._rows(devices, residual.device), residual.to(memory.dtype)
-        finite = torch.ones(len(residual), dtype=torch.bool, device=residual.device)
-        if residual.shape[1]:  # not the sum: that of finite entries may be infinite
-            finite = residual.amax(dim=1).isfinite() & residual.amin(dim=1).isfinite()
+        finite = finite_rows(residual)
         if residual.device.type == "cpu" and bool(finite.all()):  # asking a GPU would wait for it
             if self._is_everyone(devices):
                 memory.copy_(residual)
@@ -143,7 +161,7 @@ class ErrorMemory(nn.Module):
         return memory
 
     def _is_everyone(self, devices: Sequence[int]) -> bool:
-        return len(devices) == self.num_devices and all(i == m for i, m in enumerate(devices))
+        return len(devices) == self.num_devices and all(i == m for i, m in enumerate(devices, self.first))
 
     def _check(self, devices: Sequence[int], rows: Tensor) -> None:
         assert self.num_devices is not None  # _of saw to it
@@ -151,12 +169,12 @@ class ErrorMemory(nn.Module):
             raise ValueError(f"Got {len(rows)} rows for {len(devices)} devices; give one id a row.")
         if len(set(devices)) != len(devices):
             raise ValueError(f"Each device has one residual and may come once a round, got devices {tuple(devices)}.")
-        if devices and not 0 <= min(devices) <= max(devices) < self.num_devices:
-            raise ValueError(f"Device ids must be in [0, {self.num_devices}), got {min(devices)} to {max(devices)}.")
+        end = self.first + self.num_devices
+        if devices and not self.first <= min(devices) <= max(devices) < end:
+            raise ValueError(f"Device ids must be in [{self.first}, {end}), got {min(devices)} to {max(devices)}.")
 
-    @staticmethod
-    def _rows(devices: Sequence[int], device: torch.device) -> Tensor:
-        return torch.tensor(devices, dtype=torch.int64, device=device)
+    def _rows(self, devices: Sequence[int], device: torch.device) -> Tensor:
+        return torch.tensor([m - self.first for m in devices], dtype=torch.int64, device=device)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -181,8 +199,108 @@ class ErrorMemory(nn.Module):
         self._residuals = {name: residual.clone() for name, residual in state["residuals"].items()}
 
 
-class ErrorFeedback(nn.Module):
-    """Error feedback around a compressor: ``e = x + residual``, send ``C(e)``, keep ``e - C(e)``.
+def finite_rows(x: Tensor) -> Tensor:
+    """Whether all entries of each row are finite: booleans, shape ``(rows,)``."""
+    if not x.shape[1]:
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
+    return x.amax(dim=1).isfinite() & x.amin(dim=1).isfinite()  # not the sum: that of finite entries may be infinite
+
+
+class Feedback(nn.Module, ABC):
+    """A compressor with memory: what is compressed depends on what was sent before.
+
+    In a simulation, calling it sends the rows of all devices. On a wire, each device calls :meth:`correct`, encodes,
+    and after the exchange :meth:`keep`; the receiver, who has the mean of what was sent, calls :meth:`estimate`.
+
+    Args:
+        compressor: What compresses.
+        num_devices: Devices that have a memory here; may be said later by :meth:`setup`.
+    """
+
+    def __init__(self, compressor: Compressor, num_devices: int | None = None) -> None:
+        super().__init__()
+        self.compressor = compressor
+        self.memory = ErrorMemory(num_devices)
+
+    @property
+    def memories(self) -> list[ErrorMemory]:
+        """All that it remembers."""
+        return [child for child in self.children() if isinstance(child, ErrorMemory)]
+
+    def setup(self, num_devices: int, hosted: range | None = None) -> None:
+        """Say which devices there are.
+
+        Args:
+            num_devices: In the whole run, at least 1.
+            hosted: Ids of those that have their memory here, in a process of several; by default all.
+        """
+        here = range(num_devices) if hosted is None else hosted
+        for memory in self.memories:
+            memory.setup(len(here), here.start)
+
+    def reset_state(self) -> None:
+        """Forget everything."""
+        for memory in self.memories:
+            memory.reset_state()
+
+    def at(self, round: int) -> Compressor:
+        """The compressor of a round."""
+        return self.compressor
+
+    @abstractmethod
+    def correct(self, x: Tensor, key: Key, name: str = "update") -> Tensor:
+        """What to compress instead of the rows ``x``, shape ``(rows, n)``, in float32 at least; changes nothing."""
+
+    @abstractmethod
+    def keep(self, x: Tensor, corrected: Tensor, sent: Tensor, key: Key, name: str = "update") -> Tensor:
+        """Remember, and return what the receiver now holds of each row, shape ``(rows, n)``.
+
+        Args:
+            x: As given to :meth:`correct`.
+            corrected: What it returned.
+            sent: What arrived of it. Rows that are not finite leave the memory as it is.
+            key: Names the devices and the round.
+            name: What is compressed.
+
+        Returns:
+            Rows in the dtype of ``x``.
+        """
+
+    def factors(self, devices: Sequence[int]) -> Tensor | None:
+        """What the receiver multiplies each device's message with before it takes the mean; None for nothing."""
+        return None
+
+    def estimate(self, mean: Tensor, name: str = "update") -> Tensor:
+        """The mean over devices of what :meth:`keep` returns, from the mean of what was sent, shape ``(1, n)``."""
+        return mean
+
+    def plain(self, x: Tensor, key: Key, name: str) -> Tensor:
+        """What to send of rows that are not worth compressing; changes nothing."""
+        return x
+
+    def keep_plain(self, x: Tensor, key: Key, name: str) -> None:  # a hook: most remember nothing of them
+        """Remember what :meth:`plain` was given, after it was sent."""
+
+    @override
+    def forward(self, x: Tensor, key: Key, *, name: str = "update", compressor: Compressor | None = None) -> Message:
+        """Send the rows of all devices that take part.
+
+        Args:
+            x: Rows, shape ``(rows, n)``; the row of device ``key.devices[i]`` is row ``i``.
+            key: Names the devices and the random draws.
+            name: What is compressed; each name has a memory of its own.
+            compressor: Another resolution of the compressor, for this round.
+
+        Returns:
+            What the receiver holds, in the dtype of ``x``.
+        """
+        corrected = self.correct(x, key, name)
+        message = (compressor or self.at(key.round)).roundtrip(corrected.to(x.dtype), key)
+        return replace(message, values=self.keep(x, corrected, message.values, key, name))
+
+
+class ErrorFeedback(Feedback):
+    """Error feedback (EF): ``e = x + residual``, send ``C(e)``, keep ``e - C(e)``.
 
     Args:
         compressor: What compresses; usually a contractive one.
@@ -201,32 +319,14 @@ class ErrorFeedback(nn.Module):
         tensor([[0., 2.]])
     """
 
-    def __init__(self, compressor: Compressor, num_devices: int | None = None) -> None:
-        super().__init__()
-        self.compressor = compressor
-        self.memory = ErrorMemory(num_devices)
-
-    def setup(self, num_devices: int) -> None:
-        """Say how many devices there are, at least 1."""
-        self.memory.setup(num_devices)
+    @override
+    def correct(self, x: Tensor, key: Key, name: str = "update") -> Tensor:
+        return self.memory.correct(x, key.devices, name)
 
     @override
-    def forward(self, x: Tensor, key: Key, *, name: str = "update", compressor: Compressor | None = None) -> Message:
-        """Send what the compressor makes of the rows plus their residuals.
-
-        Args:
-            x: Rows, shape ``(rows, n)``; the row of device ``key.devices[i]`` is row ``i``.
-            key: Names the devices and the random draws.
-            name: What is compressed; each name has residuals of its own.
-            compressor: Another resolution of the compressor, for this round.
-
-        Returns:
-            What the receiver holds, in the dtype of ``x``.
-        """
-        corrected = self.memory.correct(x, key.devices, name)
-        message = (compressor or self.compressor).roundtrip(corrected.to(x.dtype), key)
-        self.memory.keep(corrected - message.values, key.devices, name)  # with what was lost to the dtype of x
-        return message
+    def keep(self, x: Tensor, corrected: Tensor, sent: Tensor, key: Key, name: str = "update") -> Tensor:
+        self.memory.keep(corrected - sent, key.devices, name)  # with what was lost to the dtype of x
+        return sent
 
     def hold(self, x: Tensor, key: Key, *, name: str = "update") -> Message:
         """A round in which nothing can be sent: all of ``x`` goes into the memory, and the receiver holds zeros.

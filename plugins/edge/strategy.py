@@ -189,7 +189,7 @@ class EdgeStrategy(SingleDeviceStrategy):
         self._root_seed = root_seed(self.seed)
         if to_restore is not None and self.seed is None:
             self._root_seed = to_restore["seed"]
-        self.uplink.setup(numel=self.layout.numel, num_devices=self.num_devices, seed=self._root_seed)
+        self.uplink.setup(layout=self.layout, num_devices=self.num_devices, seed=self._root_seed)
         self.downlink.setup(numel=self.layout.numel, num_devices=self.num_devices)
         self.parts.to(self.root_device)
         self._worker = DeviceWorker(module, self.layout, self.local, self.vectorize)

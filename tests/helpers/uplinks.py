@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from groundwire.plugins.edge import EdgeStrategy, Received, Round, Uplink
+from groundwire.plugins.layout import ParameterLayout
 from groundwire.plugins.random import Key
 from helpers.edge import check_strategy_part
 
@@ -40,7 +41,7 @@ def updates(devices: int, numel: int, seed: int = 0) -> Tensor:
 
 def ready(build: Build, numel: int, devices: int, seed: int = 0) -> Uplink:
     uplink = build()
-    uplink.setup(numel=numel, num_devices=devices, seed=seed)
+    uplink.setup(layout=ParameterLayout.of_vector(numel), num_devices=devices, seed=seed)
     return uplink
 
 

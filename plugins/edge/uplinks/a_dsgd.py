@@ -20,6 +20,7 @@ from groundwire.plugins.compression import ErrorMemory, TopK
 from groundwire.plugins.edge.round import Round
 from groundwire.plugins.edge.uplinks.base import Received, Uplink
 from groundwire.plugins.edge.uplinks.resources import PowerBudget, resolve_channel_uses
+from groundwire.plugins.layout import ParameterLayout
 from groundwire.plugins.ledger import Cost
 
 _PILOT_SIGMAS = 3.0  # below this many noise standard deviations the scaling symbol says nothing
@@ -106,9 +107,9 @@ class ADSGD(Uplink):
         self._mean_removed: Projection
 
     @override
-    def setup(self, *, numel: int, num_devices: int, seed: int) -> None:
+    def setup(self, *, layout: ParameterLayout, num_devices: int, seed: int) -> None:
         uses = resolve_channel_uses(
-            numel,
+            layout.numel,
             bandwidth=self.bandwidth,
             channel_uses=self.channel_uses,
             least=3 if self.mean_removal_rounds else 2,
@@ -123,7 +124,7 @@ class ADSGD(Uplink):
         self.memory.reset_state()
         self.memory.setup(num_devices)
         self._sparsify = TopK(k=k)
-        self._plain = make_projection(self.projection, uses - 1, numel, seed)
+        self._plain = make_projection(self.projection, uses - 1, layout.numel, seed)
         self._mean_removed = self._plain.truncated(uses - 2) if self.mean_removal_rounds else self._plain
 
     @override

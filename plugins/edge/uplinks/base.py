@@ -10,6 +10,7 @@ from torch import Tensor
 
 from groundwire.plugins.edge.part import Part
 from groundwire.plugins.edge.round import Round
+from groundwire.plugins.layout import ParameterLayout
 from groundwire.plugins.ledger import Cost
 from groundwire.plugins.privacy import PrivacyStatement
 
@@ -34,8 +35,8 @@ class Received:
 class Uplink(Part, ABC):
     """Carries updates from the devices to the server. State (error memory) is keyed by device id."""
 
-    def setup(self, *, numel: int, num_devices: int, seed: int) -> None:  # a hook: some need nothing
-        """Forget what was before, and allocate state for updates of ``numel`` entries from ``num_devices`` devices."""
+    def setup(self, *, layout: ParameterLayout, num_devices: int, seed: int) -> None:  # a hook: some need nothing
+        """Forget what was before, and allocate state for updates of that layout from ``num_devices`` devices."""
 
     @abstractmethod
     def forward(self, updates: Tensor, round: Round) -> Received:

@@ -12,6 +12,7 @@ from groundwire.plugins.compression import ErrorFeedback, Message, RateAdaptive
 from groundwire.plugins.edge.round import Round
 from groundwire.plugins.edge.uplinks.base import Received, Uplink
 from groundwire.plugins.edge.uplinks.resources import PowerBudget, resolve_channel_uses
+from groundwire.plugins.layout import ParameterLayout
 from groundwire.plugins.ledger import Cost
 
 
@@ -70,8 +71,10 @@ class CapacityLimited(Uplink):
         self._uses = 0
 
     @override
-    def setup(self, *, numel: int, num_devices: int, seed: int) -> None:
-        self._uses = resolve_channel_uses(numel, bandwidth=self.bandwidth, channel_uses=self.channel_uses, least=2)
+    def setup(self, *, layout: ParameterLayout, num_devices: int, seed: int) -> None:
+        self._uses = resolve_channel_uses(
+            layout.numel, bandwidth=self.bandwidth, channel_uses=self.channel_uses, least=2
+        )
         if self.feedback is not None:
             self.feedback.memory.reset_state()
             self.feedback.setup(num_devices)

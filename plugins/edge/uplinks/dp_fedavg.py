@@ -17,6 +17,7 @@ from groundwire.plugins.edge.uplinks.capacity_limited import CapacityLimited
 from groundwire.plugins.edge.uplinks.device_privacy import DevicePrivacy
 from groundwire.plugins.edge.uplinks.digital import Digital
 from groundwire.plugins.edge.uplinks.error_free import ErrorFree
+from groundwire.plugins.layout import ParameterLayout
 from groundwire.plugins.ledger import Cost
 from groundwire.plugins.privacy import Accounting, PrivacyStatement
 
@@ -99,10 +100,10 @@ class DPFedAvg(Uplink):
             )
 
     @override
-    def setup(self, *, numel: int, num_devices: int, seed: int) -> None:
+    def setup(self, *, layout: ParameterLayout, num_devices: int, seed: int) -> None:
         self._num_devices = num_devices
         self.device_privacy.setup(num_devices)
-        self.uplink.setup(numel=numel, num_devices=num_devices, seed=seed)
+        self.uplink.setup(layout=layout, num_devices=num_devices, seed=seed)
 
     @override
     def forward(self, updates: Tensor, round: Round) -> Received:

@@ -13,6 +13,7 @@ from groundwire.plugins.edge.round import Round
 from groundwire.plugins.edge.uplinks.base import Received, Uplink
 from groundwire.plugins.edge.uplinks.device_privacy import DevicePrivacy
 from groundwire.plugins.edge.uplinks.resources import PowerBudget
+from groundwire.plugins.layout import ParameterLayout
 from groundwire.plugins.ledger import Cost
 from groundwire.plugins.privacy import Accounting, PrivacyStatement
 
@@ -82,7 +83,7 @@ class DPOverTheAir(Uplink):
         self._num_devices = 0
 
     @override
-    def setup(self, *, numel: int, num_devices: int, seed: int) -> None:
+    def setup(self, *, layout: ParameterLayout, num_devices: int, seed: int) -> None:
         self._num_devices = num_devices
         always = self.power.schedule
         self.device_privacy.setup(

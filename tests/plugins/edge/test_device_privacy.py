@@ -36,6 +36,7 @@ from groundwire.plugins.edge import (
     Round,
     Uplink,
 )
+from groundwire.plugins.layout import ParameterLayout
 from groundwire.plugins.privacy import UnreachableBudgetError
 from helpers.privacy import gaussian_epsilon
 from helpers.uplinks import check_uplink, plan, ready, updates
@@ -327,7 +328,7 @@ def test_a_budget_ends_by_rounds_and_a_new_run_has_its_own() -> None:
             MisconfigurationException, match=r"pays for 3 rounds at noise multiplier 2 .* makes it 3.1\d+"
         ):
             uplink(updates(4, 10), plan(4, index=3))
-        uplink.setup(numel=10, num_devices=4, seed=0)
+        uplink.setup(layout=ParameterLayout.of_vector(10), num_devices=4, seed=0)
 
 
 def test_delta_is_below_one_over_the_devices_by_default_and_warned_of_where_it_is_not() -> None:
