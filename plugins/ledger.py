@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
@@ -92,3 +93,34 @@ class Ledger:
         self.rounds = state["rounds"]
         self.totals = dict(state["totals"])
         self.energy_per_device = state["energy_per_device"].clone()
+
+
+def is_logging_step(trainer: pl.Trainer, index: int, planned: int | None) -> bool:
+    """The steps on which loggers record, the first and the last; one call of ``log`` costs more than a round may.
+
+    Args:
+        trainer: Of the run.
+        index: Of the round, from 0.
+        planned: Rounds of the whole run, if it has an end.
+
+    Returns:
+        Whether to log the round.
+    """
+    every = max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
+    return (trainer.global_step + 1) % every == 0 or index == 0 or index + 1 == planned
+
+
+def log_costs(
+    module: pl.LightningModule, entries: dict[str, Any], ledger: Ledger, others: dict[str, Any] | None = None
+) -> None:
+    """Log what a round cost and what the run has cost so far, in float64: bits are integers beyond float32's 2^24.
+
+    Args:
+        module: Whose ``log`` it goes through.
+        entries: What :meth:`Ledger.add` returned for the round.
+        ledger: Of the run.
+        others: Further values of the round.
+    """
+    logged = entries | {f"{name}_cumulative": ledger.totals[name] for name in entries} | (others or {})
+    exact = {name: torch.as_tensor(value, dtype=torch.float64, device=module.device) for name, value in logged.items()}
+    module.log_dict(exact, on_step=True, on_epoch=False, batch_size=1)

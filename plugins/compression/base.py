@@ -72,6 +72,8 @@ class Compressor(nn.Module, ABC):
     """Whether payloads add: the decoded sum of payloads is the sum of the decoded rows (so all-reduce serves)."""
     carries_nan: bool = True
     """Whether a row that is not finite arrives as one that is not finite."""
+    negotiates: bool = False
+    """Whether devices have to add something up before they can encode: see :meth:`propose`."""
     ragged: bool = False
     """Whether the size of a message depends on what it says, and not on ``d`` alone."""
     num_shares: int = 1
@@ -112,7 +114,7 @@ class Compressor(nn.Module, ABC):
         return self.decode(payload).sum(0, keepdim=True)
 
     def propose(self, x: Tensor, key: Key) -> Tensor | None:
-        """What all devices have to add up before they can encode, shape ``(rows, n)``; None if nothing, as for most.
+        """What all devices have to add up before they can encode, shape ``(rows, n)``; None unless it ``negotiates``.
 
         On a wire, :meth:`encode_agreed` then gets the sum over all devices. :meth:`encode` alone, as in a simulation,
         takes the rows that it is given for all devices.

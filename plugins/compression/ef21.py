@@ -68,9 +68,11 @@ class EF21(Feedback):
 
     @override
     def estimate(self, mean: Tensor, name: str = "update") -> Tensor:
-        held = self.server.correct(mean, (0,), name)
-        self.server.keep(held, (0,), name)
-        return held.to(mean.dtype)
+        return self.server.correct(mean, (0,), name).to(mean.dtype)
+
+    @override
+    def keep_estimate(self, mean: Tensor, name: str = "update") -> None:
+        self.server.keep(self.server.correct(mean, (0,), name), (0,), name)
 
 
 class EF21W(EF21):

@@ -210,7 +210,8 @@ class Feedback(nn.Module, ABC):
     """A compressor with memory: what is compressed depends on what was sent before.
 
     In a simulation, calling it sends the rows of all devices. On a wire, each device calls :meth:`correct`, encodes,
-    and after the exchange :meth:`keep`; the receiver, who has the mean of what was sent, calls :meth:`estimate`.
+    and after the exchange :meth:`keep`; who receives the mean of what was sent calls :meth:`estimate` and
+    :meth:`keep_estimate`. The mean is then over all devices of the run.
 
     Args:
         compressor: What compresses.
@@ -271,8 +272,19 @@ class Feedback(nn.Module, ABC):
         return None
 
     def estimate(self, mean: Tensor, name: str = "update") -> Tensor:
-        """The mean over devices of what :meth:`keep` returns, from the mean of what was sent, shape ``(1, n)``."""
+        """The mean over all devices of what :meth:`keep` returns, from the mean of what they sent; changes nothing.
+
+        Args:
+            mean: Of what was sent, times :meth:`factors`, shape ``(1, n)``.
+            name: What is compressed.
+
+        Returns:
+            Shape ``(1, n)``.
+        """
         return mean
+
+    def keep_estimate(self, mean: Tensor, name: str = "update") -> None:  # a hook: most remember nothing of it
+        """Remember what :meth:`estimate` was given."""
 
     def plain(self, x: Tensor, key: Key, name: str) -> Tensor:
         """What to send of rows that are not worth compressing; changes nothing."""

@@ -55,6 +55,13 @@ class TopK(Compressor):
         return values.new_zeros(values.shape[0], payload.numel).scatter_(1, indices, values)
 
     @override
+    def decode_sum(self, payload: Payload) -> Tensor:
+        values = payload.parts["values"]
+        indices = unpack_support(payload.parts["support"], payload.numel, values.shape[1])
+        total = values.new_zeros(payload.numel).index_add_(0, indices.flatten(), values.flatten())
+        return total.unsqueeze(0)
+
+    @override
     def roundtrip(self, x: Tensor, key: Key) -> Message:
         check_rows(x, key)
         k = kept(x.shape[1], self.density, self.k)

@@ -30,7 +30,7 @@ from groundwire.plugins.edge.uplinks.base import Received, Uplink
 from groundwire.plugins.edge.uplinks.error_free import ErrorFree
 from groundwire.plugins.errors import CheckpointMismatchError, NonFiniteUpdateError
 from groundwire.plugins.layout import ParameterLayout
-from groundwire.plugins.ledger import Cost, Ledger
+from groundwire.plugins.ledger import Cost, Ledger, is_logging_step, log_costs
 from groundwire.plugins.privacy import PrivacyStatement
 from groundwire.plugins.privacy.refusals import refuse_tuners
 from groundwire.plugins.random import Key, root_seed
@@ -382,19 +382,15 @@ class EdgeStrategy(SingleDeviceStrategy):
             weights = plan.weights[updates.logged_rows[name].to(plan.weights.device)]
             module.log(name, over_devices(values, weights, options.get("reduce_fx", "mean")), **options)
         entries: dict[str, Any] = self.ledger.add(uplink=uplink, downlink=downlink, devices=plan.devices)
-        if not self._is_logging_step(module.trainer, plan):
+        if not is_logging_step(module.trainer, plan.index, plan.num_rounds):
             return
-        entries |= {f"{name}_cumulative": self.ledger.totals[name] for name in list(entries)}
-        entries |= metrics
         every = max(1, (plan.num_rounds or 0) // _PRIVACY_QUERIES)  # a numerical accountant takes its time
         if plan.index // every > self._accounted // every or plan.index + 1 == plan.num_rounds or plan.index == 0:
             self._accounted = plan.index
             spent = self.privacy_spent(plan.index + 1)
             if spent is not None:
-                entries["privacy/epsilon"] = spent.epsilon
-        # float64, because bits are exact integers beyond float32's 2^24
-        exact = {k: torch.as_tensor(v, dtype=torch.float64, device=self.root_device) for k, v in entries.items()}
-        module.log_dict(exact, on_step=True, on_epoch=False, batch_size=1)
+                metrics["privacy/epsilon"] = spent.epsilon
+        log_costs(module, entries, self.ledger, metrics)
 
     def privacy_spent(self, rounds: int | None = None) -> PrivacyStatement | None:
         """What the uplink guarantees the devices.
@@ -407,15 +403,6 @@ class EdgeStrategy(SingleDeviceStrategy):
         """
         spent = self.uplink.privacy(rounds=self.round_index if rounds is None else rounds)
         return None if spent is None else replace(spent, assumptions=(*spent.assumptions, *_WHAT_IS_PUBLISHED))
-
-    @staticmethod
-    def _is_logging_step(trainer: pl.Trainer, plan: Round) -> bool:
-        """The steps on which loggers record, the first and the last; one call of ``log`` costs more than a round may."""
-        return (
-            (trainer.global_step + 1) % max(trainer.log_every_n_steps, 1) == 0  # type: ignore[attr-defined]
-            or plan.index == 0
-            or plan.index + 1 == plan.num_rounds
-        )
 
     # ---------------------------------------------------------------- checkpoints
 
