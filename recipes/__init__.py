@@ -2,6 +2,7 @@
 
 from groundwire.recipes.language import TinyTransformer
 from groundwire.recipes.models import (
+    MLP,
     Classifier,
     ConvClassifier,
     CrossEntropyModule,
@@ -12,6 +13,7 @@ from groundwire.recipes.models import (
 )
 
 __all__ = [
+    "MLP",
     "Classifier",
     "ConvClassifier",
     "CrossEntropyModule",

@@ -9,6 +9,7 @@ from groundwire.plugins.compression.econtrol import EControl
 from groundwire.plugins.compression.ef21 import EF21, EF21SGDM, EF21W
 from groundwire.plugins.compression.error_feedback import ErrorFeedback, ErrorMemory, Feedback
 from groundwire.plugins.compression.identity import Identity
+from groundwire.plugins.compression.l_greco import LGreCo
 from groundwire.plugins.compression.private_sketch import PrivateSketch
 from groundwire.plugins.compression.qsgd import QSGD
 from groundwire.plugins.compression.randk import RandK
@@ -34,6 +35,7 @@ __all__ = [
     "Feedback",
     "Granularity",
     "Identity",
+    "LGreCo",
     "Message",
     "Payload",
     "PrivateSketch",

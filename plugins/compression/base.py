@@ -145,6 +145,19 @@ class Compressor(nn.Module, ABC):
         payload = self.encode(x, key)
         return Message(values=self.decode(payload), bits_wire=payload.bits_wire, bits_ideal=payload.bits_ideal)
 
+    def price(self, x: Tensor, key: Key) -> tuple[float, int]:
+        """What it would lose of a row and what that would cost; changes nothing.
+
+        Args:
+            x: One row, shape ``(1, d)``.
+            key: Of the row.
+
+        Returns:
+            ``|C(x) - x|_2`` and the bits of the message.
+        """
+        message = self.roundtrip(x, key)
+        return float(torch.linalg.vector_norm(message.values - x, dtype=torch.float64)), message.bits_wire
+
     def omega(self, numel: int) -> float | None:
         """``w`` of the unbiased class, ``E|C(x) - x|^2 <= w |x|^2`` for rows of ``numel`` entries; None if unknown."""
         return None

@@ -44,8 +44,8 @@ def from_bytes(data: Tensor, like: Sequence[Payload]) -> list[Payload]:
         parts = {}
         for name, part in payload.parts.items():
             end = start + _row_bytes(part)
-            raw = data[:, start:end].contiguous()
-            parts[name] = raw.view(part.dtype).view(len(data), *part.shape[1:]) if raw.numel() else _empty(part, data)
+            raw = data[:, start:end].clone(memory_format=torch.contiguous_format).flatten()  # aligned for any dtype
+            parts[name] = raw.view(part.dtype).view(len(data), *part.shape[1:])
             start = end
         received.append(replace(payload, parts=parts, padding_bytes=0))
     return received
@@ -73,7 +73,3 @@ def _bytes_of(part: Tensor) -> Tensor:
 
 def _row_bytes(part: Tensor) -> int:
     return part[0].numel() * part.element_size()
-
-
-def _empty(part: Tensor, data: Tensor) -> Tensor:
-    return torch.empty(len(data), *part.shape[1:], dtype=part.dtype, device=data.device)

@@ -93,7 +93,7 @@ class GradientExchange:
             A future of its buffer, with the mean gradients in it.
         """
         if bucket.index() == 0:
-            self._begin_round()
+            self._begin_round(bucket.buffer().device)
         named = {self._names[id(p)]: g for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True)}
         buffer = bucket.buffer()
         if self._leaves_at_once:
@@ -126,11 +126,11 @@ class GradientExchange:
 
     # ---------------------------------------------------------------- one round
 
-    def _begin_round(self) -> None:
+    def _begin_round(self, device: torch.device) -> None:
         self._waiting, self._to_keep, self._sound = [], [], []  # a backward pass that failed may have left some
         compressor = self.sender.compressor
         if not self.sender.is_warming_up(self.round) and compressor.decides(self.round):
-            compressor.adopt(self.group.broadcast(compressor.decide()))
+            compressor.adopt(self.group.broadcast(compressor.decide().to(device)))
 
     @property
     def _leaves_at_once(self) -> bool:

@@ -64,7 +64,7 @@ class GroundwireCLI(LightningCLI):
         if self.requested != "fit" or not self.makes_folders:
             trainer.logger = False
             return
-        self.run = Run.of_checkpoint(self.checkpoint) if self.checkpoint is not None else None
+        self.run = Run.of_checkpoint(self.checkpoint) if self.checkpoint is not None else Run.of_first_process()
         if self.run is None:
             folder = Path(trainer.default_root_dir) if trainer.default_root_dir is not None else None
             self.run = Run.create(recipe=self.recipe, seed=config.seed_everything, folder=folder)
@@ -96,7 +96,8 @@ class GroundwireCLI(LightningCLI):
         assert self.run is not None
         self._record()
         try:
-            self.trainer.fit(model, datamodule=datamodule, **kwargs)
+            with self.run.shared():
+                self.trainer.fit(model, datamodule=datamodule, **kwargs)
         except SystemExit as error:
             if self.trainer.state.status != TrainerStatus.INTERRUPTED:
                 raise

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +18,7 @@ CONFIG = "config.yaml"
 IDENTITY = "run.json"
 METRICS = "metrics.csv"
 LAST = Path("checkpoints", "last.ckpt")
+_FOLDER_OF_THE_FIRST = "GROUNDWIRE_RUN"  # for the further processes of a strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +67,28 @@ class Run:
         (folder / IDENTITY).write_text(json.dumps(identity, indent=2) + "\n")
         return run
 
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Let processes that are started meanwhile find the run: see :meth:`of_first_process`."""
+        os.environ[_FOLDER_OF_THE_FIRST] = str(self.folder.resolve())
+        try:
+            yield
+        finally:
+            del os.environ[_FOLDER_OF_THE_FIRST]
+
+    @classmethod
+    def of_first_process(cls) -> Run | None:
+        """The run that the process which started this one, as a further process of its strategy, has made; else None."""
+        folder = os.environ.get(_FOLDER_OF_THE_FIRST)
+        return cls._in(Path(folder)) if folder and os.environ.get("LOCAL_RANK", "0") != "0" else None
+
     @classmethod
     def of_checkpoint(cls, checkpoint: Path) -> Run | None:
         """The run that a checkpoint belongs to; None for a checkpoint from elsewhere."""
-        folder = checkpoint.parent.parent
+        return cls._in(checkpoint.parent.parent)
+
+    @classmethod
+    def _in(cls, folder: Path) -> Run | None:
         try:
             identity = json.loads((folder / IDENTITY).read_text())
         except (FileNotFoundError, NotADirectoryError):
