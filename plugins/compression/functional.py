@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 _SAMPLED_FROM = 2**14
 """Entries a row from which a sampled threshold pays on the CPU."""
+
+_PIECE = 2**17
+"""Entries that are compared with it at once."""
 
 
 def topk_mask(x: Tensor, k: int) -> Tensor:
@@ -80,8 +87,12 @@ _BITS = {
 
 def _magnitudes(x: Tensor) -> Tensor:
     """Integers in the order of ``|x|``, NaN last: its bits, which compare faster than floats and without exceptions."""
-    size = x.detach().abs().view(_BITS[x.dtype])
-    return size.clamp_(max=int(torch.tensor(torch.inf, dtype=x.dtype).view(_BITS[x.dtype])) + 1)  # one kind of NaN
+    return x.detach().abs().view(_BITS[x.dtype]).clamp_(max=_smallest_nan(x.dtype))  # one kind of NaN
+
+
+@cache
+def _smallest_nan(dtype: torch.dtype) -> int:
+    return int(torch.tensor(torch.inf, dtype=dtype).view(_BITS[dtype])) + 1
 
 
 def _topk_sampled(x: Tensor, k: int) -> Tensor:
@@ -91,19 +102,21 @@ def _topk_sampled(x: Tensor, k: int) -> Tensor:
     fewer pass, all are: the sample decides how long it takes, never what comes out.
     """
     rows, d = x.shape
-    stride = max(1, min(d // 2048, 31) | 1)
+    stride = max(1, min(d // 2048, int((d / (8 * k**0.5)) ** (2 / 3))) | 1)  # ordering it, or what passes in excess
     aim = int(k / stride + 4 * (k / stride) ** 0.5 + 4)  # four standard deviations above k
+    bits = x.detach().contiguous().view(_BITS[x.dtype]).numpy()
+    magnitude = torch.iinfo(_BITS[x.dtype]).max  # all but the sign
+    nan = _smallest_nan(x.dtype)
     chosen = torch.empty(rows, k, dtype=torch.int64)
     out = chosen.numpy()
     for row in range(rows):
-        size = _magnitudes(x[row]).numpy()
-        sample = size[::stride]
+        sample = np.minimum(bits[row, ::stride] & magnitude, nan)
         passed = None
         if 10 * aim < 7 * sample.size:
-            passed = np.flatnonzero(size >= np.partition(sample, sample.size - aim)[sample.size - aim])
+            passed = _at_least(bits[row], magnitude, np.partition(sample, sample.size - aim)[sample.size - aim])
             if not k <= passed.size < d:
                 passed = None
-        some = size if passed is None else size[passed]
+        some = np.minimum((bits[row] if passed is None else bits[row, passed]) & magnitude, nan)
         threshold = np.partition(some, some.size - k)[some.size - k]
         keep = some >= threshold
         surplus = int(np.count_nonzero(keep)) - k
@@ -111,6 +124,16 @@ def _topk_sampled(x: Tensor, k: int) -> Tensor:
             keep[np.flatnonzero(some == threshold)[-surplus:]] = False
         out[row] = np.flatnonzero(keep) if passed is None else passed[keep]
     return chosen
+
+
+def _at_least(bits: npt.NDArray[Any], mask: int, threshold: np.integer[Any]) -> npt.NDArray[np.int64]:
+    """Where ``bits & mask >= threshold``, ascending; piece by piece, so that what is in between stays in the cache."""
+    found = []
+    for start in range(0, bits.size, _PIECE):
+        piece = np.flatnonzero((bits[start : start + _PIECE] & mask) >= threshold)
+        piece += start
+        found.append(piece)
+    return np.concatenate(found)
 
 
 def quantize_stochastically(x: Tensor, norm: Tensor, num_levels: int, uniform: Tensor) -> Tensor:

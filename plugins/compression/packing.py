@@ -54,20 +54,27 @@ def pack_integers(values: Tensor, width: int) -> Tensor:
     return torch.from_numpy(packed).to(values.device)
 
 
-def unpack_integers(packed: Tensor, width: int, count: int) -> Tensor:
+def unpack_integers(packed: Tensor, width: int, count: int, dtype: torch.dtype = torch.int64) -> Tensor:
     """Undo :func:`pack_integers`.
 
     Args:
         packed: Bytes, shape ``(rows, ceil(count * width / 8))``.
         width: Bits an integer.
         count: Integers a row.
+        dtype: Of the result, one that holds them: int64 takes eight times the memory of uint8, and longer.
 
     Returns:
-        Integers, int64, shape ``(rows, count)``.
+        Integers, shape ``(rows, count)``, memory of their own.
 
     Raises:
-        ValueError: If the bytes do not match ``count`` and ``width``.
+        ValueError: If the bytes do not match ``count`` and ``width``, or ``dtype`` cannot hold such integers.
+
+    Example:
+        >>> unpack_integers(torch.tensor([[57]], dtype=torch.uint8), width=2, count=3)
+        tensor([[1, 2, 3]])
     """
+    if width > torch.iinfo(dtype).max.bit_length():
+        raise ValueError(f"{dtype} cannot hold integers of {width} bits; take torch.int64.")
     if packed.shape[1] != packed_bytes(count, width):
         raise ValueError(
             f"{packed.shape[1]} bytes a row do not match {count} integers of {width} bits "
@@ -80,7 +87,8 @@ def unpack_integers(packed: Tensor, width: int, count: int) -> Tensor:
         values = host.view(_unsigned(width))
     else:
         values = _unpack_groups(host, width, count)
-    return torch.from_numpy(values.astype(np.int64)).to(packed.device)
+    values = values.astype(str(dtype).removeprefix("torch."), copy=width in _WHOLE)  # those are views of `packed`
+    return torch.from_numpy(values).to(packed.device)
 
 
 _WHOLE = (8, 16, 32)

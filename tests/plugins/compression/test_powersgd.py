@@ -360,6 +360,36 @@ def test_matrix_shape(shape: tuple[int, ...], expected: tuple[int, int]) -> None
     assert PowerSGD(rank=3).payload_numel(shape) == 3 * sum(expected)
 
 
+@settings(deadline=None)
+@given(shape=st.lists(st.integers(0, 12), max_size=4), rank=st.integers(1, 4))
+def test_it_is_worth_while_where_fewer_numbers_travel_and_only_where_the_rank_fits(shape: list[int], rank: int) -> None:
+    compressor, size = PowerSGD(rank), torch.Size(shape)
+    a, b = as_matrix(np.zeros(size.numel()), tuple(shape)).shape if size.numel() else (0, 0)
+    assert compressor.is_worthwhile(size) == (rank * (a + b) < size.numel())
+    if compressor.is_worthwhile(size):
+        compressor.setup({"w": size})
+
+
+def test_price_is_near_the_tail_of_the_spectrum_and_changes_nothing() -> None:
+    x, shape = rows(1, 40 * 30, dtype=torch.float64), torch.Size([40, 30])
+    spectrum = np.linalg.svd(x.view(40, 30).numpy())[1]
+    for rank in (1, 2, 4, 8):
+        compressor, twin = ready(rank, {"w": shape}), ready(rank, {"w": shape})
+        error, bits = compressor.price(x, key_of("w", devices=1))
+        tail = math.sqrt((spectrum[rank:] ** 2).sum())
+        assert tail <= error <= 1.03 * tail
+        assert bits == 64 * rank * 70
+        assert compressor.get_extra_state() == {"factors": {}}
+        for c in (compressor, twin):
+            c.roundtrip(x, key_of("w", devices=1))
+        compressor.price(x + 1, key_of("w", devices=1))
+        states = [c.get_extra_state()["factors"]["w"] for c in (compressor, twin)]
+        assert torch.equal(*states)
+        cold = ready(rank, {"w": shape}, warm_start=False)
+        values = cold.roundtrip(x, key_of("w", devices=1)).values
+        assert cold.price(x, key_of("w", devices=1))[0] == pytest.approx((values - x).norm().item())
+
+
 @given(numel=st.integers(1, 10_000))
 def test_vectors_waste_less_than_a_row(numel: int) -> None:
     a, b = matrix_shape((numel,))
