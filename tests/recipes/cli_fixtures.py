@@ -19,6 +19,7 @@ from groundwire.recipes.catalog import Recipe, all_recipes
 RECIPES = [recipe for recipe in all_recipes() if not recipe.is_overlay]
 every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 FAMILIES = {  # the overlay that needs no data to be there, and arguments for epochs of two steps, each of them logged
+    "compression": ("digits", ["--data.rounds_per_epoch=2"]),
     "edge": ("digits", ["--data.rounds_per_epoch=2"]),
     "information": ("digits_central", ["--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1"]),
     "adversarial": ("digits_central", ["--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1"]),
