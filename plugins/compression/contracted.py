@@ -46,6 +46,39 @@ class Contracted(Compressor):
         self.linear = compressor.linear
         self.carries_nan = compressor.carries_nan
         self.ragged = compressor.ragged
+        self.negotiates = compressor.negotiates
+
+    @override
+    def is_worthwhile(self, shape: torch.Size) -> bool:
+        return self.compressor.is_worthwhile(shape)
+
+    @override
+    def reset_state(self) -> None:
+        self.compressor.reset_state()
+
+    @override
+    def propose(self, x: Tensor, key: Key) -> Tensor | None:
+        return self.compressor.propose(x, key)
+
+    @override
+    def encode_agreed(self, x: Tensor, key: Key, agreed: Tensor) -> Payload:
+        return self.compressor.encode_agreed(x, key, agreed)
+
+    @override
+    def settle(self, total: Payload, key: Key, num_devices: int) -> None:
+        self.compressor.settle(total, key, num_devices)
+
+    @override
+    def decides(self, round: int) -> bool:
+        return self.compressor.decides(round)
+
+    @override
+    def decide(self) -> Tensor:
+        return self.compressor.decide()
+
+    @override
+    def adopt(self, decision: Tensor) -> None:
+        self.compressor.adopt(decision)
 
     @override
     def setup(self, shapes: Mapping[str, torch.Size]) -> None:
@@ -84,11 +117,11 @@ def contractive(compressor: Compressor, needed_by: str) -> Compressor:
     Raises:
         ValueError: If it is unbiased and its ``omega`` is not known.
     """
-    if not compressor.unbiased or compressor.omega(1000) == 0:
+    if not compressor.unbiased or compressor.omega(2**40) == 0:  # so many, since RandK(k=1000) loses nothing of 1,000
         return compressor
     scaled = Contracted(compressor)
     rank_zero_warn(
         f"{needed_by} expects a contractive compressor: the messages of {type(compressor).__name__} are divided by "
-        f"1 + omega (of 1,000 entries: {1 / scaled.alpha(1000):.3g})."
+        f"1 + omega (of a million entries: {1 / scaled.alpha(1_000_000):.3g})."
     )
     return scaled

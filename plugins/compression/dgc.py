@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +86,7 @@ class DGC(Feedback):
     def _step(self, x: Tensor, key: Key, name: str) -> tuple[Tensor, Tensor]:
         """The new velocities ``u``, and what they add to ``v``."""
         if self.clip_norm is not None:
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
             norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)
             most = self.clip_norm / self._population**0.5
             x = x * (most / norm).clamp_(max=1.0).to(x.dtype)
@@ -114,7 +116,17 @@ class DGC(Feedback):
 
     @override
     def keep_plain(self, x: Tensor, key: Key, name: str) -> None:
-        self.velocities.keep(self._step(x, key, name)[0], key.devices, name)
+        velocity, update = self._step(x, key, name)
+        lost = ~finite_rows(update.to(x.dtype)).unsqueeze(1)
+        self.velocities.keep(velocity.masked_fill(lost, torch.nan), key.devices, name)
+
+    @override
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"population": self._population}
+
+    @override
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self._population = state["population"]
 
     @override
     def extra_repr(self) -> str:

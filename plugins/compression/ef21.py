@@ -62,9 +62,13 @@ class EF21(Feedback):
 
     @override
     def keep(self, x: Tensor, corrected: Tensor, sent: Tensor, key: Key, name: str = "update") -> Tensor:
+        return self._hold(x, sent, key, name).to(x.dtype)
+
+    def _hold(self, x: Tensor, sent: Tensor, key: Key, name: str) -> Tensor:
+        """Add what arrived to ``h`` and return it."""
         held = self.memory.recall(x, key.devices, name) + sent
         self.memory.keep(held, key.devices, name)
-        return held.to(x.dtype)
+        return held
 
     @override
     def estimate(self, mean: Tensor, name: str = "update") -> Tensor:
@@ -110,13 +114,22 @@ class EF21W(EF21):
         self.smoothness = tuple(float(c) for c in constants)
         super().__init__(compressor, num_devices)
         self._factors = constants / constants.mean()
+        if num_devices is not None:
+            self._check_count(num_devices)
+
+    @override
+    def setup(self, num_devices: int, hosted: range | None = None) -> None:
+        self._check_count(num_devices)
+        super().setup(num_devices, hosted)
+
+    def _check_count(self, num_devices: int) -> None:
+        if len(self.smoothness) != num_devices:
+            raise ValueError(
+                f"`smoothness` has {len(self.smoothness)} entries, but there are {num_devices} devices; give one a device."
+            )
 
     @override
     def factors(self, devices: Sequence[int]) -> Tensor:
-        if max(devices) >= len(self._factors):
-            raise ValueError(
-                f"`smoothness` has {len(self._factors)} entries, but device {max(devices)} takes part; give one a device."
-            )
         return self._factors[list(devices)]
 
     def _column(self, like: Tensor, devices: Sequence[int]) -> Tensor:
@@ -128,7 +141,7 @@ class EF21W(EF21):
 
     @override
     def keep(self, x: Tensor, corrected: Tensor, sent: Tensor, key: Key, name: str = "update") -> Tensor:
-        return super().keep(x, corrected, sent, key, name) * self._column(x, key.devices).to(x.dtype)
+        return (self._hold(x, sent, key, name) * self._column(x, key.devices)).to(x.dtype)
 
     @override
     def extra_repr(self) -> str:
@@ -171,7 +184,7 @@ class EF21SGDM(EF21):
     def _average(self, x: Tensor, key: Key, name: str) -> Tensor:
         old = self.averages.recall(x, key.devices, name)
         started = self.started.recall(x[:, :1], key.devices, name)
-        return torch.where(started > 0, (1 - self.eta) * old + self.eta * x, x.to(old.dtype))
+        return torch.where(started > 0, torch.lerp(old, x.to(old.dtype), self.eta), x.to(old.dtype))
 
     @override
     def correct(self, x: Tensor, key: Key, name: str = "update") -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from groundwire.plugins.compression.base import Compressor, Message
+from groundwire.plugins.compression.base import Compressor, Message, check_rows
 from groundwire.plugins.random import Key
 
 
@@ -115,7 +115,7 @@ class ErrorMemory(nn.Module):
         """
         memory = self._of(name, residual)
         self._check(devices, residual)
-        rows, residual = self._rows(devices, residual.device), residual.to(memory.dtype)
+        rows, residual = self._rows(devices, residual.device), residual.detach().to(memory.dtype)
         finite = finite_rows(residual)
         if residual.device.type == "cpu" and bool(finite.all()):  # asking a GPU would wait for it
             if self._is_everyone(devices):
@@ -234,8 +234,13 @@ class Feedback(nn.Module, ABC):
         Args:
             num_devices: In the whole run, at least 1.
             hosted: Ids of those that have their memory here, in a process of several; by default all.
+
+        Raises:
+            ValueError: If ``num_devices`` is below 1, or ``hosted`` is not a block of the devices.
         """
         here = range(num_devices) if hosted is None else hosted
+        if hosted is not None and not (here.step == 1 and 0 <= here.start < here.stop <= num_devices):
+            raise ValueError(f"`hosted` must be a block of the {num_devices} devices, got {hosted}.")
         for memory in self.memories:
             memory.setup(len(here), here.start)
 
@@ -306,9 +311,13 @@ class Feedback(nn.Module, ABC):
         Returns:
             What the receiver holds, in the dtype of ``x``.
         """
-        corrected = self.correct(x, key, name)
-        message = (compressor or self.at(key.round)).roundtrip(corrected.to(x.dtype), key)
-        return replace(message, values=self.keep(x, corrected, message.values, key, name))
+        check_rows(x, key)
+        corrected, compressor = self.correct(x, key, name), compressor or self.at(key.round)
+        message = compressor.roundtrip(corrected.to(x.dtype), key)
+        sent = message.values
+        if not compressor.carries_nan:  # the message cannot say it, and nothing may be remembered of the row
+            sent = sent.masked_fill(~finite_rows(corrected).unsqueeze(1), torch.nan)
+        return replace(message, values=self.keep(x, corrected, sent, key, name))
 
 
 class ErrorFeedback(Feedback):

@@ -284,9 +284,7 @@ class LGreCo(Compressor):
 
     @override
     def extra_repr(self) -> str:
-        return (
-            f"reference={self.reference}, period={self.period}, num_observed={self.num_observed}, slack={self.slack}"
-        )
+        return f"reference={self.reference}, period={self.period}, num_observed={self.num_observed}, slack={self.slack}"
 
 
 def _total(sizes: Sequence[Sequence[float]], chosen: Sequence[int]) -> float:

@@ -175,6 +175,11 @@ class Sender(nn.Module):
         Returns:
             What the receiver holds of each row.
         """
+        if not self.segments and self.granularity == "layer":
+            raise RuntimeError("Layers are not known: call setup(layout, num_devices), or use granularity='model'.")
+        expected = sum(segment.numel for segment in self.segments)
+        if self.segments and rows.shape[1] != expected:
+            raise ValueError(f"Updates of {rows.shape[1]} entries came, but the layout has {expected}; call setup().")
         warming_up, bits_of_decision = self.is_warming_up(key.round), self._decide(key.round)
         messages = []
         for segment in self.segments or (self._whole(rows.shape[1]),):

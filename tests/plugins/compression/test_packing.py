@@ -41,6 +41,55 @@ def test_integers_of_any_width_survive(data: st.DataObject, width: int, count: i
         assert int.from_bytes(code.tobytes(), "little") == sum(v << (i * width) for i, v in enumerate(row))
 
 
+@pytest.mark.parametrize("width", range(1, 33))
+def test_the_bits_are_those_of_one_long_stream_at_any_length(width: int) -> None:
+    rng = np.random.default_rng(width)
+    for rows, count in ((2, 40_003), (3, 9), (1, 8), (4, 1), (2, 0), (0, 5)):  # the first in more than one piece
+        values = rng.integers(0, 2**width, (rows, count), dtype=np.int64)
+        values[:, 1::5], values[:, 2::7] = 2**width - 1, 0
+        bits = ((values[:, :, None] >> np.arange(width)) & 1).astype(np.uint8).reshape(rows, count * width)
+        packed = pack_integers(torch.from_numpy(values), width)
+        assert packed.is_contiguous()
+        np.testing.assert_array_equal(packed.numpy(), np.packbits(bits, axis=1, bitorder="little"))
+        np.testing.assert_array_equal(unpack_integers(packed, width, count).numpy(), values)
+        wide = torch.cat([packed, packed], dim=1)[:, packed.shape[1] :]  # as it is cut out of a longer message
+        np.testing.assert_array_equal(unpack_integers(wide, width, count).numpy(), values)
+
+
+@pytest.mark.parametrize(
+    ("values", "width", "code"),
+    [
+        ([0xABC, 0x123, 0x7], 12, "bc 3a 12 07 00"),
+        ([0x123456, 0xABCDEF], 24, "56 34 12 ef cd ab"),
+        ([0x0102, 0xF00D], 16, "02 01 0d f0"),
+        ([0b101, 0b011, 0b110], 3, "9d 01"),
+        ([0xDEADBEEF], 32, "ef be ad de"),
+    ],
+)
+def test_messages_stay_readable(values: list[int], width: int, code: str) -> None:
+    packed = pack_integers(torch.tensor([values]), width)
+    assert packed.numpy().tobytes() == bytes.fromhex(code)
+    assert unpack_integers(packed, width, len(values)).tolist() == [values]
+
+
+@pytest.mark.parametrize("width", [1, 5, 7, 8, 13, 15, 16, 31, 32])
+def test_integers_of_other_types(width: int) -> None:
+    values = torch.randint(0, 2**width, (3, 100), generator=torch.Generator().manual_seed(width))
+    packed = pack_integers(values, width)
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+        if torch.iinfo(dtype).max < 2**width - 1:
+            with pytest.raises(ValueError, match=f"{dtype} cannot hold integers of {width} bits; take torch.int64"):
+                unpack_integers(packed, width, 100, dtype)
+            continue
+        assert torch.equal(pack_integers(values.to(dtype), width), packed)
+        got = unpack_integers(packed, width, 100, dtype)
+        assert got.dtype == dtype
+        assert torch.equal(got, values.to(dtype))
+        before = packed.clone()
+        got.fill_(0)
+        assert torch.equal(packed, before), "the message is not the caller's to change"
+
+
 @pytest.mark.parametrize("numel", range(1, 9))
 def test_enumerative_code_is_a_bijection_onto_the_smallest_range(numel: int) -> None:
     for k in range(numel + 1):

@@ -182,3 +182,7 @@ def test_messages_of_different_lengths_are_padded_to_the_longest_and_mean_the_sa
         assert all(not long.parts[name][:, own.parts[name].shape[1] :].any() for name in own.parts)
     together = compressor.encode(x, key)
     assert together.bits_wire == sum(own.bits_wire for own in each), "padding that does not travel is not"
+    assert together.padding_bytes > 0
+    (received,) = from_bytes(to_bytes([together]), [together])
+    assert received.padding_bytes == 0, "the receiver cannot know it"
+    assert torch.equal(compressor.decode(received), compressor.decode(together))
