@@ -182,14 +182,13 @@ def _join(x: npt.NDArray[Any], bits: int) -> npt.NDArray[Any]:
 
 
 def _part(x: npt.NDArray[Any], bits: int, count: int) -> npt.NDArray[Any]:
-    """Undo :func:`_join`."""
+    """Undo :func:`_join`; what lies above the integers stays."""
     parted = np.empty((len(x), count), _unsigned(64))
     for i in range(count):
         word, shift = divmod(i * bits, 64)
         parted[:, i] = x[:, word] >> np.uint64(shift)
         if shift + bits > 64:
             parted[:, i] |= x[:, word + 1] << np.uint64(64 - shift)
-    parted &= _ones(bits, 64)
     return parted
 
 

@@ -19,7 +19,7 @@ from typing_extensions import override
 from groundwire.plugins.compression import Compressor, Feedback, Granularity, Sender
 from groundwire.plugins.ddp.exchange import GradientExchange, compressed_allreduce
 from groundwire.plugins.ddp.group import CountedGroup
-from groundwire.plugins.errors import CheckpointMismatchError, NonFiniteUpdateError
+from groundwire.plugins.errors import NonFiniteUpdateError, check_same_settings
 from groundwire.plugins.layout import ParameterLayout
 from groundwire.plugins.ledger import Cost, Ledger, is_logging_step, log_costs
 from groundwire.plugins.random import root_seed
@@ -237,14 +237,7 @@ class CompressedDDPStrategy(DDPStrategy):
     def _restore(self, state: dict[str, Any]) -> None:
         assert self._exchange is not None
         here, there = self.configuration(), state["configuration"]
-        differing = [name for name in here if here[name] != there.get(name)]
-        if differing:
-            raise CheckpointMismatchError(
-                "The checkpoint was written by a CompressedDDPStrategy with other settings: "
-                + "; ".join(f"{n} was {there.get(n)!r} and is now {here[n]!r}" for n in differing)
-                + ". Resume with the same settings, or start a new run from the weights alone "
-                "(`LightningModule.load_from_checkpoint`)."
-            )
+        check_same_settings(here, there, "a CompressedDDPStrategy")
         self._exchange.round = state["round"]
         self.ledger.load_state_dict(state["ledger"])
         by_rank = state["sender_by_rank"]

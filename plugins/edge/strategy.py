@@ -28,7 +28,7 @@ from groundwire.plugins.edge.scheduler import AllDevices, Scheduler
 from groundwire.plugins.edge.updates import DeviceUpdates, DeviceWorker
 from groundwire.plugins.edge.uplinks.base import Received, Uplink
 from groundwire.plugins.edge.uplinks.error_free import ErrorFree
-from groundwire.plugins.errors import CheckpointMismatchError, NonFiniteUpdateError
+from groundwire.plugins.errors import NonFiniteUpdateError, check_same_settings
 from groundwire.plugins.layout import ParameterLayout
 from groundwire.plugins.ledger import Cost, Ledger, is_logging_step, log_costs
 from groundwire.plugins.privacy import PrivacyStatement
@@ -453,14 +453,7 @@ class EdgeStrategy(SingleDeviceStrategy):
         assert self._worker is not None
         here = self.configuration() | {"seed": str(self._root_seed)}
         there = state["configuration"] | {"seed": str(state["seed"])}
-        differing = [name for name in here | there if here.get(name) != there.get(name)]
-        if differing:
-            raise CheckpointMismatchError(
-                "The checkpoint was written by an EdgeStrategy with other settings: "
-                + "; ".join(f"{n} was {there.get(n)!r} and is now {here.get(n)!r}" for n in differing)
-                + ". Resume with the same settings, or start a new run from the weights alone "
-                "(`LightningModule.load_from_checkpoint`)."
-            )
+        check_same_settings(here, there, "an EdgeStrategy")
         self.round_index = state["round"]
         self._worker.fell_back = state["fell_back"]
         self.ledger.load_state_dict(state["ledger"])

@@ -52,8 +52,11 @@ def test_the_bits_are_those_of_one_long_stream_at_any_length(width: int) -> None
         assert packed.is_contiguous()
         np.testing.assert_array_equal(packed.numpy(), np.packbits(bits, axis=1, bitorder="little"))
         np.testing.assert_array_equal(unpack_integers(packed, width, count).numpy(), values)
-        wide = torch.cat([packed, packed], dim=1)[:, packed.shape[1] :]  # as it is cut out of a longer message
-        np.testing.assert_array_equal(unpack_integers(wide, width, count).numpy(), values)
+        for cut in (
+            torch.cat([packed, packed], dim=1)[:, packed.shape[1] :],
+            torch.stack([packed, packed], dim=2)[..., 1],
+        ):
+            np.testing.assert_array_equal(unpack_integers(cut, width, count).numpy(), values)
 
 
 @pytest.mark.parametrize(
