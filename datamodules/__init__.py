@@ -7,6 +7,7 @@ from groundwire.datamodules.base import (
     TensorDataModule,
     TensorLoader,
 )
+from groundwire.datamodules.bbc_news import BBCNews
 from groundwire.datamodules.descriptions import DatasetDescriptions
 from groundwire.datamodules.digits import Digits
 from groundwire.datamodules.fashion_mnist import DatasetMissingError, FashionMNIST
@@ -17,6 +18,7 @@ from groundwire.datamodules.partition import Partition, PartitionError
 from groundwire.datamodules.plots import plot_partition
 
 __all__ = [
+    "BBCNews",
     "DatasetDescriptions",
     "DatasetMissingError",
     "Digits",

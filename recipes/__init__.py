@@ -1,6 +1,7 @@
 """One YAML per method, the small LightningModules they train, and the command that runs them."""
 
 from groundwire.recipes.language import TinyTransformer
+from groundwire.recipes.minilm import MiniLMClassifier
 from groundwire.recipes.models import (
     MLP,
     Classifier,
@@ -17,6 +18,7 @@ __all__ = [
     "Classifier",
     "ConvClassifier",
     "CrossEntropyModule",
+    "MiniLMClassifier",
     "SmallCNN",
     "SmallResNet",
     "SoftmaxRegression",
