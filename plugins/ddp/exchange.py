@@ -100,7 +100,7 @@ class GradientExchange:
             items = [(self._segments[name], grad) for name, grad in named.items()]
             future = self._send(items).then(lambda done: _write(done, list(named.values()), buffer))
         else:
-            future = torch.futures.Future[Tensor]()
+            future = torch.futures.Future[Tensor](devices=[buffer.device] if buffer.is_cuda else [])
             self._waiting.append((buffer, named, future))
             if bucket.is_last():
                 self._send_waiting()

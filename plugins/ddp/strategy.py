@@ -195,6 +195,18 @@ class CompressedDDPStrategy(DDPStrategy):
         for parameter in module.parameters():
             parameter.grad = None  # what an optimizer takes for nothing to do
 
+    @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        before = self.round_index
+        output = super().optimizer_step(*args, **kwargs)
+        if self._exchange is not None and self.round_index == before:
+            raise MisconfigurationException(
+                "The optimizer stepped on gradients that did not go through the compressor: something keeps DDP from "
+                "synchronising them (`no_sync`, or a callback that adds them up itself, such as DPSGD). Leave that out, or "
+                "use another strategy."
+            )
+        return output
+
     @staticmethod
     def _planned_rounds(trainer: pl.Trainer) -> int | None:
         planned = trainer.estimated_stepping_batches

@@ -86,4 +86,5 @@ def test_private_names_of_lightning_that_are_relied_on() -> None:
     connector = inspect.getsource(accelerator_connector._AcceleratorConnector)
     assert 'hasattr(self.strategy, "parallel_devices")' in connector
     assert callable(torch._C._storage_Use_Count), "large rounds would take fresh memory every time"
+    assert "_register_ddp_hooks" in inspect.getsource(pl.strategies.DDPStrategy.configure_ddp), "what ours replaces"
     assert "closure" in inspect.signature(pl.strategies.Strategy.optimizer_step).parameters

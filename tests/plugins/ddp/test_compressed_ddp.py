@@ -7,6 +7,7 @@ import copy
 import os
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from groundwire.callbacks.information import LabelSmoothing
+from groundwire.callbacks.privacy import DPSGD
 from groundwire.plugins.compression import (
     DGC,
     EF21,
@@ -201,6 +204,18 @@ def test_several_buckets(name: str, granularity: str) -> None:
     assert (first.calls > STEPS) == (granularity == "layer"), "layers leave bucket by bucket, a vector at once"
     if name != "mute_sign":
         assert first.bits == strategy.ledger.totals["uplink/bits"]
+
+
+def test_callbacks_that_surround_the_step_compose() -> None:
+    expected, _ = simulated("ef_topk", "layer", precision="64-true", callbacks=[LabelSmoothing(0.2)])
+    without, _ = simulated("ef_topk", "layer", precision="64-true")
+    strategy = CompressedDDPStrategy(PARTS["ef_topk"](), min_numel=10, seed=3)
+    first, second = fit_ddp(
+        build=partial(LabelSmoothing, 0.2), strategy=strategy, steps=STEPS, precision="64-true", read=None
+    )
+    assert torch.equal(first.weights, second.weights)
+    torch.testing.assert_close(first.weights, expected, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(expected, without, rtol=1e-3)
 
 
 class HalfUsed(Classifier):
@@ -445,6 +460,17 @@ def differing(what: str) -> None:
 def test_ranks_that_are_configured_differently_are_found_at_the_start(what: str, message: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
         run_ddp(differing, what)
+
+
+def privately() -> None:
+    strategy = CompressedDDPStrategy(TopK(density=0.1), min_numel=10)
+    callbacks = [DPSGD(noise_multiplier=1.0, max_grad_norm=1.0)]
+    ddp_trainer(strategy=strategy, callbacks=callbacks).fit(Classifier(mlp()), over_ranks(loader(batch_size=12)))
+
+
+def test_gradients_that_go_another_way_are_not_passed_over() -> None:
+    with pytest.raises(MisconfigurationException, match="did not go through the compressor"):
+        run_ddp(privately)
 
 
 def test_what_does_not_fit_is_refused() -> None:
