@@ -23,6 +23,7 @@ FAMILIES = {  # the overlay that needs no data to be there, and arguments for ep
     "edge": ("digits", ["--data.rounds_per_epoch=2"]),
     "information": ("digits_central", ["--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1"]),
     "adversarial": ("digits_central", ["--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1"]),
+    "optimizers": ("text", ["--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1"]),
     "privacy": ("digits_central", ["--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1"]),
     "unlearning": ("digits_central", ["--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1"]),
 }
@@ -66,7 +67,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seeded: Callable[
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("WANDB_SILENT", "true")
     yield tmp_path
-    for name in ("WANDB_SERVICE", "WANDB_MODE"):  # W&B leaves these behind
+    for name in ("WANDB_SERVICE", "WANDB_MODE", "MASTER_PORT"):  # W&B and Lightning leave these behind
         os.environ.pop(name, None)
 
 
@@ -86,9 +87,16 @@ def groundwire(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Callable[
     return run
 
 
+def is_federated(recipe: Recipe) -> bool:
+    """Whether a recipe's data is dealt out to simulated devices."""
+    return str(yaml.safe_load(recipe.path.read_text())["data"]["class_path"]).endswith(".Federated")
+
+
 def overlay_of(recipe: Recipe) -> tuple[str, list[str]]:
     """The overlay and the arguments of a recipe's family; others for data that is to be forgotten."""
     overlay, few = FAMILIES[recipe.family]
+    if recipe.name == "compressed_ddp":
+        return FAMILIES["information"]
     if not forgets(recipe):
         return overlay, few
     return "digits_forget", [*few, f"--data.datamodule.train_fraction={TO_FORGET}"]
