@@ -36,9 +36,7 @@ def colours() -> dict[str, tuple[str, str]]:
     found = {}
     for name, labels in GROUPS.items():
         shades = mpl.colormaps[name](np.linspace(0.9, 0.45, len(labels)))
-        found |= {
-            label: (mpl.colors.to_hex(s), m) for label, s, m in zip(labels, shades, MARKERS, strict=False)
-        }
+        found |= {label: (mpl.colors.to_hex(s), m) for label, s, m in zip(labels, shades, MARKERS, strict=False)}
     return found
 
 
@@ -113,7 +111,9 @@ def print_layers(runs: Runs) -> None:
         print(f"| {label} | {np.mean(bits) / 8e6:.2f} MB | {accuracy.mean():.1f} ± {accuracy.std(ddof=1):.1f} |")
     for family, uniform in (("top-k", "top-k 1 %"), ("QSGD", "QSGD 3"), ("PowerSGD", "PowerSGD 4")):
         ours, theirs = runs.test(f"L-GreCo, {family}", "test/acc"), runs.test(uniform, "test/acc")
-        print(f"L-GreCo, {family} minus {uniform}: {paired(ours, theirs)[0]:.2f} ± {paired(ours, theirs)[1]:.2f} points")
+        print(
+            f"L-GreCo, {family} minus {uniform}: {paired(ours, theirs)[0]:.2f} ± {paired(ours, theirs)[1]:.2f} points"
+        )
 
 
 def draw_feedback(path: Path) -> None:
@@ -130,7 +130,9 @@ def draw_feedback(path: Path) -> None:
         ax.errorbar(rates, mean, yerr=spread, marker="o", capsize=4, label=label)
         cells = " | ".join(f"{m:.1f} ± {s:.1f}" for m, s in zip(mean, spread, strict=True))
         print(f"| {label} | {cells} |")
-    ax.set(xscale="log", xlabel="Learning rate", ylabel="Test accuracy (%)", title="Two classes a device, k = d / 1,000")
+    ax.set(
+        xscale="log", xlabel="Learning rate", ylabel="Test accuracy (%)", title="Two classes a device, k = d / 1,000"
+    )
     ax.grid(alpha=0.3)
     ax.legend()
     figure.savefig(DOCS / "compression_feedback.png", dpi=130)

@@ -29,6 +29,7 @@ FAMILIES = {  # the overlay that needs no data to be there, and arguments for ep
 }
 TO_FORGET = 0.2  # share of the digits that the model of the unlearning family is trained on
 NO_STEPS = ("win_u", "ssd")  # recipes that change the weights once, before the first step
+OF_SEVERAL_PROCESSES = ("compressed_ddp",)  # forked from this one, where W&B is in use already
 NEEDED_HERE = {  # what a recipe for more data needs on the digits
     "dp_film_few_shot": ["--data.train_fraction=1.0"],
     "rqm": ["--trainer.strategy.uplink.compressor.num_shares=1"],  # rounds of few devices, or of none
@@ -95,7 +96,7 @@ def is_federated(recipe: Recipe) -> bool:
 def overlay_of(recipe: Recipe) -> tuple[str, list[str]]:
     """The overlay and the arguments of a recipe's family; others for data that is to be forgotten."""
     overlay, few = FAMILIES[recipe.family]
-    if recipe.name == "compressed_ddp":
+    if recipe.name in OF_SEVERAL_PROCESSES:
         return FAMILIES["information"]
     if not forgets(recipe):
         return overlay, few

@@ -40,7 +40,7 @@ class Digital(Uplink):
             set-up if no parameter would be compressed.
 
     Example:
-        >>> from groundwire.plugins.compression import TopK
+        >>> from groundwire.plugins.compression import ErrorFeedback, TopK
         >>> uplink = Digital(ErrorFeedback(TopK(density=0.01)))
     """
 

@@ -200,5 +200,5 @@ def test_in_training_it_resumes_bit_for_bit() -> None:
 
 def test_without_eta_the_compressor_has_to_say_how_contractive_it_is() -> None:
     feedback = EControl(SignSGD(), num_devices=1)
-    with pytest.raises(ValueError, match="does not know how contractive SignSGD.* is: give `eta`"):
+    with pytest.raises(ValueError, match=r"does not know how contractive SignSGD.* is: give `eta`"):
         feedback(torch.ones(1, 3), Key(seed=0))

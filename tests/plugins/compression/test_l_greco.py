@@ -203,7 +203,7 @@ def test_other_families() -> None:
     ],
 )
 def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> None:
-    given: dict[str, Any] = {"options": [TopK(k=1)] * 4, "reference": 2, "period": 4} | options
+    given: dict[str, Any] = {"options": [TopK(k=1)] * 4, "reference": 2, "period": 4, "num_observed": 1} | options
     with pytest.raises(ValueError, match=message):
         LGreCo(**given)
 
