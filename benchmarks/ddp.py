@@ -74,7 +74,7 @@ class HandwrittenTopK:
         self.residuals: dict[tuple[int, int], Tensor] = {}
 
     def __call__(self, bucket: Any) -> torch.futures.Future[Tensor]:
-        flat = bucket.buffer()
+        flat: Tensor = bucket.buffer()
         if self.remembers:
             which = (bucket.index(), flat.numel())  # DDP cuts its buckets anew after the first step
             if which not in self.residuals:
