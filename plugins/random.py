@@ -162,9 +162,8 @@ class Key:
     ) -> Tensor:
         """Stack ``draw(generator)`` over the devices, each with its own stream: shape ``(rows, ...)``."""
         named = self._named(purpose)
-        return torch.stack(
-            [draw(stream(self.seed, purpose=named, round=self.round, device_id=m, on=on)) for m in self.devices]
-        )
+        drawn = [draw(stream(self.seed, purpose=named, round=self.round, device_id=m, on=on)) for m in self.devices]
+        return torch.stack(drawn) if len(drawn) != 1 else drawn[0].unsqueeze(0)
 
     def _named(self, purpose: str) -> str:
         return f"{purpose}/{self.name}" if self.name else purpose

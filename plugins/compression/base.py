@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -15,6 +15,10 @@ from groundwire.plugins.random import Key
 
 if TYPE_CHECKING:  # at run time it would bring Opacus along for compressors that promise nothing
     from groundwire.plugins.privacy.statement import PrivacyStatement
+
+
+_DECODED = 2**21
+"""Entries that are decoded at once where only their sum is wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,15 @@ class Payload:
     def bits_wire(self) -> int:
         """Bits that travel, all rows together, the padding of bytes included: counted from the tensors themselves."""
         return 8 * (sum(part.numel() * part.element_size() for part in self.parts.values()) - self.padding_bytes)
+
+    @property
+    def num_rows(self) -> int:
+        """How many messages there are."""
+        return len(next(iter(self.parts.values())))
+
+    def rows(self, which: slice) -> Payload:
+        """Some of the messages, without what they cost."""
+        return replace(self, parts={name: part[which] for name, part in self.parts.items()}, bits_ideal=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +124,16 @@ class Compressor(nn.Module, ABC):
 
     def decode_sum(self, payload: Payload) -> Tensor:
         """The sum of all rows, shape ``(1, d)``, as secure aggregation gives it."""
-        return self.decode(payload).sum(0, keepdim=True)
+        count = max(1, _DECODED // max(payload.numel, 1))  # large rows one by one: their matrix would not fit a cache
+        total = self.decode(payload.rows(slice(count))).sum(0, keepdim=True)
+        for start in range(count, payload.num_rows, count):
+            rows = self.decode(payload.rows(slice(start, start + count)))
+            total += rows if len(rows) == 1 else rows.sum(0, keepdim=True)
+        return total
+
+    def subtract_(self, rows: Tensor, payload: Payload) -> Tensor:
+        """Take what was encoded off ``rows``, in place: ``rows -= decode(payload)``; returns them."""
+        return rows.sub_(self.decode(payload))
 
     def propose(self, x: Tensor, key: Key) -> Tensor | None:
         """What all devices have to add up before they can encode, shape ``(rows, n)``; None unless it ``negotiates``.

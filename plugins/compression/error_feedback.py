@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from groundwire.plugins.compression.base import Compressor, Message, check_rows
+from groundwire.plugins.compression.base import Compressor, Message, Payload, check_rows
 from groundwire.plugins.random import Key
 
 
@@ -101,13 +101,14 @@ class ErrorMemory(nn.Module):
         """
         return x + self.recall(x, devices, name)
 
-    def keep(self, residual: Tensor, devices: Sequence[int], name: str = "update") -> None:
+    def keep(self, residual: Tensor, devices: Sequence[int], name: str = "update", *, adopt: bool = False) -> None:
         """Remember rows ``(rows, n)`` as the residuals of ``devices``; rows that are not finite are not remembered.
 
         Args:
             residual: What was not sent.
             devices: Ids, one a row, each at most once.
             name: What is compressed.
+            adopt: Whether nobody else uses the tensor any more, so that it may become the memory without a copy.
 
         Raises:
             ValueError: If the ids do not fit the rows or the memory.
@@ -118,7 +119,9 @@ class ErrorMemory(nn.Module):
         rows, residual = self._rows(devices, residual.device), residual.detach().to(memory.dtype)
         finite = finite_rows(residual)
         if residual.device.type == "cpu" and bool(finite.all()):  # asking a GPU would wait for it
-            if self._is_everyone(devices):
+            if self._is_everyone(devices) and adopt:
+                self._residuals[name] = residual
+            elif self._is_everyone(devices):
                 memory.copy_(residual)
             else:
                 memory.index_copy_(0, rows, residual)
@@ -223,6 +226,9 @@ class Feedback(nn.Module, ABC):
         self.compressor = compressor
         self.memory = ErrorMemory(num_devices)
 
+    uses_update: bool = True
+    """Whether :meth:`keep_sent` and :meth:`keep_plain` look at ``x`` again."""
+
     @property
     def memories(self) -> list[ErrorMemory]:
         """All that it remembers."""
@@ -271,6 +277,21 @@ class Feedback(nn.Module, ABC):
         Returns:
             Rows in the dtype of ``x``.
         """
+
+    def keep_sent(
+        self, x: Tensor, corrected: Tensor, payload: Payload, compressor: Compressor, key: Key, name: str = "update"
+    ) -> None:
+        """Remember, as :meth:`keep` does, where nobody needs what the receiver holds.
+
+        Args:
+            x: As given to :meth:`correct`; anything if not ``uses_update``.
+            corrected: What it returned; may be overwritten.
+            payload: What ``compressor`` made of it.
+            compressor: Of the round.
+            key: Names the devices and the round.
+            name: What is compressed.
+        """
+        self.keep(x, corrected, compressor.decode(payload), key, name)
 
     def factors(self, devices: Sequence[int]) -> Tensor | None:
         """What the receiver multiplies each device's message with before it takes the mean; None for nothing."""
@@ -340,9 +361,17 @@ class ErrorFeedback(Feedback):
         tensor([[0., 2.]])
     """
 
+    uses_update = False
+
     @override
     def correct(self, x: Tensor, key: Key, name: str = "update") -> Tensor:
         return self.memory.correct(x, key.devices, name)
+
+    @override
+    def keep_sent(
+        self, x: Tensor, corrected: Tensor, payload: Payload, compressor: Compressor, key: Key, name: str = "update"
+    ) -> None:
+        self.memory.keep(compressor.subtract_(corrected, payload), key.devices, name, adopt=True)
 
     @override
     def keep(self, x: Tensor, corrected: Tensor, sent: Tensor, key: Key, name: str = "update") -> Tensor:

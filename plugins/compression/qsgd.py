@@ -23,6 +23,9 @@ from groundwire.plugins.compression.packing import (
 from groundwire.plugins.compression.sparse import EntryLimited
 from groundwire.plugins.random import Key
 
+_AT_ONCE = 2**20
+"""Entries that are made float64 at once; memory for all of them costs more than their norm."""
+
 
 class QSGD(EntryLimited):
     """Rounds ``|x| / |x|_2`` stochastically to multiples of ``1 / num_levels``; unbiased if all entries are sent.
@@ -86,6 +89,16 @@ class QSGD(EntryLimited):
     def _width(self) -> int:
         return 1 + width_of(self.num_levels)
 
+    @property
+    def _codes(self) -> torch.dtype:
+        """Integers that hold a code; small ones are several times as fast."""
+        return torch.uint8 if self._width <= 8 else torch.int64
+
+    @property
+    def _integers(self) -> torch.dtype:
+        """Of the same size, with a sign."""
+        return torch.int8 if self._width <= 8 else torch.int64
+
     def _quantize(self, x: Tensor, key: Key) -> tuple[Tensor, Tensor, Tensor | None]:
         """Signed levels ``(rows, q)``, norms ``(rows, buckets)``, and the positions ``(rows, q)`` if not all are sent."""
         check_rows(x, key)
@@ -94,28 +107,30 @@ class QSGD(EntryLimited):
         uniform = key.rows(
             "qsgd", lambda g: torch.rand(q, generator=g, dtype=chosen.dtype, device=x.device), on=x.device
         )
-        size, count = self.bucket_size or max(q, 1), self._buckets(q)
-        short = size * count - q
-        buckets = (torch.nn.functional.pad(chosen, (0, short)) if short else chosen).reshape(len(x), count, size)
-        norm = torch.linalg.vector_norm(buckets, dim=2, dtype=torch.float64).float()  # squares may leave float32
-        level = quantize_stochastically(chosen, self._spread(norm, q, chosen.dtype), self.num_levels, uniform)
-        return level.copysign_(chosen), norm, indices
+        buckets = self._in_buckets(chosen)
+        norm = _norms(buckets).unsqueeze(2)
+        level = quantize_stochastically(buckets, norm.to(chosen.dtype), self.num_levels, self._in_buckets(uniform))
+        return level.flatten(1)[:, :q].copysign_(chosen), norm.squeeze(2), indices
 
-    def _spread(self, norm: Tensor, q: int, dtype: torch.dtype) -> Tensor:
-        """The norm of each entry's bucket, shape ``(rows, q)``, or ``(rows, 1)`` where one serves all."""
-        norm = norm.to(dtype)
-        return norm if norm.shape[1] == 1 else norm.repeat_interleave(self.bucket_size or q, dim=1)[:, :q]
+    def _in_buckets(self, x: Tensor) -> Tensor:
+        """Rows ``(rows, q)`` as ``(rows, buckets, size)``; zeros fill up the last bucket."""
+        rows, q = x.shape
+        count, size = self._buckets(q), self.bucket_size or max(q, 1)
+        short = size * count - q
+        return (torch.nn.functional.pad(x, (0, short)) if short else x).reshape(rows, count, size)
 
     def _dequantize(self, level: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
         """Values ``(rows, q)`` of signed levels."""
-        return (level * (self._spread(norm, level.shape[1], level.dtype) / self.num_levels)).to(dtype)
+        step = norm.to(level.dtype) / self.num_levels
+        return (self._in_buckets(level) * step.unsqueeze(2)).flatten(1)[:, : level.shape[1]].to(dtype)
 
     @override
     def encode(self, x: Tensor, key: Key) -> Payload:
         level, norm, indices = self._quantize(x, key)
         level = level.nan_to_num(0.0)  # a norm that is not finite, which travels, makes NaN of every level
-        codes = 2 * level.abs().to(torch.int64) + (level < 0)
-        parts = {"codes": pack_integers(codes, self._width), "norm": norm}
+        whole = level.to(self._integers)
+        codes = (whole.abs() << 1) - (whole >> torch.iinfo(whole.dtype).bits - 1)  # the sign comes last
+        parts = {"codes": pack_integers(codes.view(self._codes), self._width), "norm": norm}
         if indices is not None:
             parts["support"] = pack_support(indices, x.shape[1])
         return Payload(
@@ -130,9 +145,9 @@ class QSGD(EntryLimited):
     def decode(self, payload: Payload) -> Tensor:
         q = payload.meta["q"]
         assert isinstance(q, int)
-        codes = unpack_integers(payload.parts["codes"], self._width, q)
-        wide = torch.promote_types(payload.dtype, torch.float32)
-        level = torch.where(codes % 2 == 1, -(codes // 2), codes // 2).to(wide)
+        codes = unpack_integers(payload.parts["codes"], self._width, q, self._codes)
+        level = (codes >> 1).view(self._integers) * (1 - 2 * (codes & 1).view(self._integers))
+        level = level.to(torch.promote_types(payload.dtype, torch.float32))
         support = payload.parts.get("support")
         indices = None if support is None else unpack_support(support, payload.numel, q)
         return self._place(self._dequantize(level, payload.parts["norm"], payload.dtype), indices, payload.numel)
@@ -158,3 +173,10 @@ class QSGD(EntryLimited):
     @override
     def extra_repr(self) -> str:
         return f"num_levels={self.num_levels}, bucket_size={self.bucket_size}, num_entries={self.num_entries}"
+
+
+def _norms(buckets: Tensor) -> Tensor:
+    """Of buckets ``(rows, count, size)``, float32, in float64 until then: squares may leave float32."""
+    count = max(1, _AT_ONCE // max(buckets.shape[0] * buckets.shape[2], 1))
+    parts = torch.split(buckets, count, dim=1)
+    return torch.cat([torch.linalg.vector_norm(part.double(), dim=2) for part in parts], dim=1).float()

@@ -7,7 +7,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from groundwire.plugins.compression.base import Compressor, Payload, check_rows
-from groundwire.plugins.compression.support import check_kept, kept
+from groundwire.plugins.compression.error_feedback import finite_rows
+from groundwire.plugins.compression.support import check_kept, kept, random_support
 from groundwire.plugins.random import Key
 
 
@@ -48,11 +49,11 @@ class RandK(Compressor):
         check_rows(x, key)
         d = x.shape[1]
         k = kept(d, self.density, self.k)
-        support = torch.randperm(d, generator=key.shared("randk"))[:k].sort().values.to(x.device)
-        values = x[:, support]
+        support = random_support(d, k, key.shared("randk")).to(x.device)
+        values = x.index_select(1, support)
         if self.unbiased and k < d:
             values = values * (d / k)
-        values = values.masked_fill(~x.isfinite().all(dim=1, keepdim=True), torch.nan)
+        values = values.masked_fill(~finite_rows(x).unsqueeze(1), torch.nan)
         return Payload(
             parts={"values": values},
             numel=d,

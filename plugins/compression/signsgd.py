@@ -72,9 +72,11 @@ class SignSGD(EntryLimited):
     def decode(self, payload: Payload) -> Tensor:
         q = payload.meta["q"]
         assert isinstance(q, int)
-        signs = (2 * unpack_integers(payload.parts["signs"], 1, q) - 1).to(payload.dtype)
+        wide = torch.promote_types(payload.dtype, torch.float32)
+        signs = unpack_integers(payload.parts["signs"], 1, q, torch.uint8).to(wide).mul_(2).sub_(1)
         if self.scaled:
-            signs = (signs * payload.parts["scale"]).to(payload.dtype)
+            signs.mul_(payload.parts["scale"])
+        signs = signs.to(payload.dtype)
         support = payload.parts.get("support")
         indices = None if support is None else unpack_support(support, payload.numel, q)
         return self._place(signs, indices, payload.numel)

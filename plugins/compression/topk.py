@@ -62,6 +62,12 @@ class TopK(Compressor):
         return total.unsqueeze(0)
 
     @override
+    def subtract_(self, rows: Tensor, payload: Payload) -> Tensor:
+        values = payload.parts["values"]
+        indices = unpack_support(payload.parts["support"], payload.numel, values.shape[1])
+        return rows.scatter_add_(1, indices, -values.to(rows.dtype))
+
+    @override
     def roundtrip(self, x: Tensor, key: Key) -> Message:
         check_rows(x, key)
         k = kept(x.shape[1], self.density, self.k)

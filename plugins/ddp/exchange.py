@@ -170,7 +170,7 @@ class GradientExchange:
         update = grad.detach().reshape(1, -1)
         if self.loss_scale != 1.0:
             update = update / self.loss_scale
-        elif feedback is not None:
+        elif feedback is not None and feedback.uses_update and self.sender.granularity == "layer":
             update = update.clone()  # the bucket is written before it is remembered
         corrected = update
         if feedback is not None:
@@ -219,9 +219,8 @@ class GradientExchange:
                     taken, rest[part.dtype] = flat[: part.numel()], flat[part.numel() :]
                     parts[name] = taken.view(part.shape)
                 total = replace(payload, parts=parts)
-                means.append(
-                    self._received(item, payload, _wide(item.compressor.decode(total)) / self.group.size, total)
-                )
+                mean = _wide(item.compressor.decode(total)).div_(self.group.size)
+                means.append(self._received(item, payload, mean, total))
             return means
 
         return torch.futures.collect_all(futures).then(finish)
@@ -250,7 +249,7 @@ class GradientExchange:
                     total = item.compressor.decode(payload).float().sum(0, keepdim=True)
                 else:
                     total = item.compressor.decode_sum(payload)
-                means.append(self._received(item, own, total / self.group.size, None))
+                means.append(self._received(item, own, total.div_(self.group.size), None))
             return means
 
         return self.group.all_gather(data.flatten()).then(finish)
@@ -282,7 +281,7 @@ class GradientExchange:
             if item.is_plain:
                 feedback.keep_plain(item.update, item.key, name)
                 return
-            feedback.keep(item.update, item.corrected, item.compressor.decode(own), item.key, name)
+            feedback.keep_sent(item.update, item.corrected, own, item.compressor, item.key, name)
             feedback.keep_estimate(mean, name)
 
         self._to_keep.append(remember)
