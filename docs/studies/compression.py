@@ -1,23 +1,32 @@
-"""Draw the figure of docs/compression.md, and print its table, from what `make study-compression` ran.
+"""Draw the figures of docs/compression.md, and print its tables, from what `make study-compression` ran.
 
 python docs/studies/compression.py [FOLDER of the comparisons, runs/compare by default]
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib as mpl
 import numpy as np
-from finished import DOCS, Runs
+import torch
+from finished import DOCS, Runs, paired
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from groundwire.callbacks.reporting import read_metrics
+from groundwire.plugins.optimizers import optimizer_state_bytes
+
+STUDIES = ("compression_iid", "compression_dirichlet", "quantisers", "layers", "feedback", "optimizers")
+STATE = "optimizer/state_bytes"
 BITS = "uplink/bits_cumulative"
 PARAMETERS, DEVICES, ROUNDS = 101_770, 10, 500
+ENTRIES = PARAMETERS * DEVICES * ROUNDS
 GROUPS = {  # what sends about as much, in one colour map
     "Greys": ["uncompressed", "natural", "float8"],
     "Blues": ["QSGD", "RC-FED", "Lloyd-Max", "NQFL", "TernGrad", "EF-SignSGD"],
@@ -40,17 +49,99 @@ def against_bits(ax: Axes, runs: Runs, labels: Sequence[str], title: str) -> Non
     """Validation accuracy against the bits that one device has sent for each parameter."""
     style = colours()
     for label in labels:
-        curve = runs.curve(label, "val/acc")
-        accuracy, bits = curve[..., 0], _bits(runs, label) / (PARAMETERS * DEVICES)
+        accuracy, bits = runs.curve(label, "val/acc")[..., 0], _bits(runs, label) / (PARAMETERS * DEVICES)
         colour, marker = style[label]
         mean, spread = accuracy.mean(0), accuracy.std(0, ddof=1)
         ax.plot(bits, mean, color=colour, marker=marker, markevery=4, markersize=4, linewidth=1.2, label=label)
         ax.fill_between(bits, mean - spread, mean + spread, color=colour, alpha=0.12, linewidth=0)
-    ax.set(xscale="log", xlabel="Bits sent for each parameter by a device, so far", ylabel="Validation accuracy (%)")
-    ax.set_title(title)
+    ax.set(xscale="log", xlabel="Bits sent for each parameter by a device, so far", title=title)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     ax.set_ylim(0.3, 0.9)
     ax.grid(alpha=0.3, which="both")
+
+
+def draw_bits(panels: dict[str, Runs]) -> None:
+    labels = [label for group in GROUPS.values() for label in group]
+    figure = Figure(figsize=(13, 5.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True)
+    for ax, (title, runs) in zip(axes, panels.items(), strict=True):
+        against_bits(ax, runs, labels, title)
+    axes[0].set_ylabel("Validation accuracy (%)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
+    figure.savefig(DOCS / "compression.png", dpi=130)
+    for label in labels:
+        cells = [
+            f"{_bits(runs, label)[-1] / ENTRIES:.3g} | {_cell(_accuracies(runs, label))}" for runs in panels.values()
+        ]
+        print(f"| {label} | " + " | ".join(cells) + " |")
+
+
+def draw_quantisers(runs: Runs) -> None:
+    """Test accuracy against bits, a line for each quantiser."""
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    ax = figure.subplots()
+    for name, style in {"RC-FED": "o-", "Lloyd-Max": "s--", "NQFL": "^--", "QSGD": "D:"}.items():
+        labels = [label for label in runs.jobs if label.startswith(name)]
+        bits = [_bits(runs, label)[-1] / ENTRIES for label in labels]
+        found = np.array([_accuracies(runs, label) for label in labels])
+        ax.errorbar(bits, found.mean(1), yerr=found.std(1, ddof=1), fmt=style, capsize=4, label=name)
+        for label, x, row in zip(labels, bits, found, strict=True):
+            print(f"| {label} | {x:.2f} | {_cell(row)} |")
+    ax.set(
+        xlabel="Bits for each parameter and round",
+        ylabel="Test accuracy (%)",
+        title="After 500 rounds, IID; mean ± std",
+    )
+    ax.grid(alpha=0.3)
+    ax.legend()
+    figure.savefig(DOCS / "compression_quantisers.png", dpi=130)
+
+
+def print_layers(runs: Runs) -> None:
+    for label in runs.jobs:
+        print(f"| {label} | {_bits(runs, label)[-1] / 8e6:.1f} MB | {_cell(_accuracies(runs, label))} |")
+    for family, uniform in (("top-k", "top-k 1 %"), ("QSGD", "QSGD 3"), ("PowerSGD", "PowerSGD 4")):
+        mean, half = paired(runs.test(f"L-GreCo, {family}", "test/acc"), runs.test(uniform, "test/acc"))
+        print(f"L-GreCo, {family} minus {uniform}: {mean:.2f} ± {half:.2f} points (95 %)")
+
+
+def draw_optimizers(runs: Runs) -> None:
+    """Test accuracy against the bytes of optimizer state."""
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    ax = figure.subplots()
+    for label, jobs in runs.jobs.items():
+        accuracy = _accuracies(runs, label)
+        state = state_bytes(runs, label) / 1e6
+        seconds = [json.loads((job.folder / "result.json").read_text())["seconds"] for job in jobs.values()]
+        loss = np.array(list(runs.test(label, "test/loss").values()))
+        ax.errorbar(state, accuracy.mean(), yerr=accuracy.std(ddof=1), fmt="o", capsize=4, label=label)
+        print(
+            f"| {label} | {state:.3g} MB | {_cell(accuracy)} | {loss.mean():.3f} ± {loss.std(ddof=1):.3f} "
+            f"| {np.mean(seconds):.0f} s |"
+        )
+    ax.set(xscale="log", xlabel="Optimizer state (MB)", ylabel="Test accuracy (%)", title="After 75 steps; mean ± std")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize="small")
+    figure.savefig(DOCS / "compression_optimizers.png", dpi=130)
+
+
+def state_bytes(runs: Runs, label: str) -> float:
+    """As OptimizerSwap logged it, or of the tensors in the checkpoint of a run without it."""
+    job = next(iter(runs.jobs[label].values()))
+    logged = [row[STATE] for row in read_metrics(job.folder / "metrics.csv") if STATE in row]
+    if logged:
+        return logged[-1]
+    (state,) = torch.load(job.folder / "checkpoints" / "last.ckpt", weights_only=False)["optimizer_states"]
+    return optimizer_state_bytes(SimpleNamespace(state=state["state"]))
+
+
+def _accuracies(runs: Runs, label: str) -> np.ndarray:
+    """Of the test set after training, in per cent, one a seed."""
+    return 100 * np.array(list(runs.test(label, "test/acc").values()))
+
+
+def _cell(values: np.ndarray) -> str:
+    return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
 
 
 def _bits(runs: Runs, label: str) -> np.ndarray:
@@ -62,18 +153,15 @@ def _bits(runs: Runs, label: str) -> np.ndarray:
 
 
 def main() -> None:
-    runs = Runs(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/compare"), "compression_iid")
-    figure = Figure(figsize=(9.5, 5.6), layout="constrained")
-    ax = figure.subplots()
-    against_bits(
-        ax, runs, [label for group in GROUPS.values() for label in group], "Fashion-MNIST, IID over 10 devices"
-    )
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside right center", fontsize="small")
-    figure.savefig(DOCS / "compression.png", dpi=130)
-    for label in runs.jobs:
-        accuracy = 100 * np.array(list(runs.test(label, "test/acc").values()))
-        bits = _bits(runs, label)[-1] / (PARAMETERS * DEVICES * ROUNDS)
-        print(f"| {label} | {bits:.3g} | {accuracy.mean():.1f} ± {accuracy.std(ddof=1):.1f} |")
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/compare")
+    draw_bits({"IID": Runs(folder, "compression_iid"), "Dirichlet 0.1": Runs(folder, "compression_dirichlet")})
+    draw_quantisers(Runs(folder, "quantisers"))
+    print_layers(Runs(folder, "layers"))
+    draw_optimizers(Runs(folder, "optimizers"))
+    (DOCS / "compression_feedback.png").write_bytes((folder / "feedback" / "plot.png").read_bytes())
+    for study in STUDIES:
+        for name in ("curves.csv", "table.csv", "table.md"):
+            (DOCS / "studies" / "results" / f"{study}_{name}").write_bytes((folder / study / name).read_bytes())
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ class Payload:
 
     def rows(self, which: slice) -> Payload:
         """Some of the messages, without what they cost."""
-        return replace(self, parts={name: part[which] for name, part in self.parts.items()}, bits_ideal=0.0)
+        parts = {name: part[which] for name, part in self.parts.items()}
+        return replace(self, parts=parts, bits_ideal=0.0, padding_bytes=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,12 +124,13 @@ class Compressor(nn.Module, ABC):
         """Decode to rows ``(rows, d)`` of the dtype and device that were encoded."""
 
     def decode_sum(self, payload: Payload) -> Tensor:
-        """The sum of all rows, shape ``(1, d)``, as secure aggregation gives it."""
+        """The sum of all rows, shape ``(1, d)``, float32 at least, as secure aggregation gives it."""
+        wide = torch.promote_types(payload.dtype, torch.float32)
         count = max(1, _DECODED // max(payload.numel, 1))  # large rows one by one: their matrix would not fit a cache
-        total = self.decode(payload.rows(slice(count))).sum(0, keepdim=True)
+        total = self.decode(payload.rows(slice(count))).sum(0, keepdim=True, dtype=wide)
         for start in range(count, payload.num_rows, count):
             rows = self.decode(payload.rows(slice(start, start + count)))
-            total += rows if len(rows) == 1 else rows.sum(0, keepdim=True)
+            total += rows if len(rows) == 1 else rows.sum(0, keepdim=True, dtype=wide)
         return total
 
     def subtract_(self, rows: Tensor, payload: Payload) -> Tensor:

@@ -209,6 +209,14 @@ def finite_rows(x: Tensor) -> Tensor:
     return x.amax(dim=1).isfinite() & x.amin(dim=1).isfinite()  # not the sum: that of finite entries may be infinite
 
 
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows in another dtype; entries beyond its range become its largest, as a memory keeps the rest of them."""
+    largest = torch.finfo(dtype).max
+    if torch.finfo(x.dtype).max <= largest:
+        return x.to(dtype)
+    return torch.where(x.isfinite(), x.clamp(-largest, largest), x).to(dtype)
+
+
 class Feedback(nn.Module, ABC):
     """A compressor with memory: what is compressed depends on what was sent before.
 
@@ -281,7 +289,7 @@ class Feedback(nn.Module, ABC):
     def keep_sent(
         self, x: Tensor, corrected: Tensor, payload: Payload, compressor: Compressor, key: Key, name: str = "update"
     ) -> None:
-        """Remember, as :meth:`keep` does, where nobody needs what the receiver holds.
+        """Remember, as :meth:`keep` does, where nobody needs what the receiver holds; who overrides one overrides both.
 
         Args:
             x: As given to :meth:`correct`; anything if not ``uses_update``.
@@ -334,7 +342,7 @@ class Feedback(nn.Module, ABC):
         """
         check_rows(x, key)
         corrected, compressor = self.correct(x, key, name), compressor or self.at(key.round)
-        message = compressor.roundtrip(corrected.to(x.dtype), key)
+        message = compressor.roundtrip(narrowed(corrected, x.dtype), key)
         sent = message.values
         if not compressor.carries_nan:  # the message cannot say it, and nothing may be remembered of the row
             sent = sent.masked_fill(~finite_rows(corrected).unsqueeze(1), torch.nan)

@@ -99,7 +99,8 @@ class LGreCo(Compressor):
         slack: How many times the error of the reference is allowed.
 
     Raises:
-        ValueError: If an argument is out of range; at set-up if there are no layers.
+        ValueError: If an argument is out of range, or PowerSGD is mixed with another family; at set-up if there are no
+            layers.
 
     Reference:
         Alimohammadi, Markov, Frantar, Alistarh, "L-GreCo: Layerwise-Adaptive Gradient Compression for Efficient and
@@ -145,6 +146,11 @@ class LGreCo(Compressor):
         self.carries_nan = all(option.carries_nan for option in options)
         self.negotiates = any(option.negotiates for option in options)
         self.ragged = any(option.ragged for option in options)
+        if self.negotiates and not self.linear:
+            raise ValueError(
+                "`options` that agree on their messages (PowerSGD) do not mix with options whose messages do not add: give "
+                f"options of one family, got {', '.join(sorted({type(option).__name__ for option in options}))}."
+            )
         self.choice: dict[str, int] = {}
         """The index of each layer's option."""
         self._allowed: dict[str, list[int]] = {}

@@ -24,7 +24,7 @@ from groundwire.plugins.compression.sparse import EntryLimited
 from groundwire.plugins.random import Key
 
 _AT_ONCE = 2**20
-"""Entries that are made float64 at once; memory for all of them costs more than their norm."""
+"""Entries of short buckets that are made float64 at once; memory for all of them costs more than their norm."""
 
 
 class QSGD(EntryLimited):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Literal
 
@@ -157,6 +158,11 @@ class ScalarQuantizer(Compressor):
     def ragged(self) -> bool:  # type: ignore[override]
         """Whether symbols are coded in different numbers of bits."""
         return self.entropy != "fixed"
+
+    @override
+    def extra_repr(self) -> str:
+        digest = hashlib.sha256(self.table.levels.tobytes() + self.table.boundaries.tobytes()).hexdigest()[:8]
+        return f"{self.num_symbols} levels {digest}, {self.rate:.3f} bits, {self.entropy}"
 
     @property
     def num_symbols(self) -> int:
@@ -340,7 +346,7 @@ class RCFED(ScalarQuantizer):
 
     @override
     def extra_repr(self) -> str:
-        return f"lam={self.lam:.4g}, {self.design}, {self.num_symbols} levels, {self.rate:.3f} bits, {self.entropy}"
+        return f"lam={self.lam!r}, {self.design}, {self.num_symbols} levels, {self.rate:.3f} bits, {self.entropy}"
 
 
 class LloydMax(ScalarQuantizer):

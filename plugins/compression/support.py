@@ -8,6 +8,7 @@ from torch import Tensor
 
 _DRAWN_FROM = 2**14
 """Positions from which a few are drawn by themselves, and not with a permutation of all."""
+_WIDE = 2**62
 
 
 def check_kept(density: float | None, k: int | None) -> None:
@@ -50,7 +51,7 @@ def random_support(numel: int, k: int, generator: torch.Generator) -> Tensor:
         return torch.randperm(numel, generator=generator)[:k].sort().values
     drawn = np.empty(0, dtype=np.int64)
     while True:  # the first k distinct of independent draws; a permutation would take numel of them
-        more = torch.randint(numel, (k + k // 2 + 16,), generator=generator)
+        more = torch.randint(_WIDE, (k + k // 2 + 16,), generator=generator) % numel  # torch's own modulo is of 32 bits
         drawn = np.concatenate([drawn, more.numpy()])
         distinct, first = np.unique(drawn, return_index=True)
         if distinct.size >= k:

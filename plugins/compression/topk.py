@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -58,6 +59,7 @@ class TopK(Compressor):
     def decode_sum(self, payload: Payload) -> Tensor:
         values = payload.parts["values"]
         indices = unpack_support(payload.parts["support"], payload.numel, values.shape[1])
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
         total = values.new_zeros(payload.numel).index_add_(0, indices.flatten(), values.flatten())
         return total.unsqueeze(0)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from groundwire.plugins.compression.base import Compressor, Payload
-from groundwire.plugins.compression.error_feedback import Feedback, finite_rows
+from groundwire.plugins.compression.error_feedback import Feedback, finite_rows, narrowed
 from groundwire.plugins.compression.identity import Identity
 from groundwire.plugins.compression.sender import Segment, Sender
 from groundwire.plugins.compression.wire import from_bytes, lengths_of, padded, to_bytes
@@ -39,7 +39,7 @@ class _Outgoing:
     @property
     def rows(self) -> Tensor:
         """What is encoded, shape ``(1, n)``."""
-        return self.corrected.to(self.update.dtype)
+        return narrowed(self.corrected, self.update.dtype)
 
     def factors(self, num_devices: int) -> Tensor | None:
         """What each device's message is multiplied with, if the memory wants it."""
@@ -73,6 +73,7 @@ class GradientExchange:
         self._names = names
         self._seed = seed
         self._segments = {segment.name: segment for segment in sender.segments}
+        self._position = {name: i for i, name in enumerate(layout.names)}  # DDP's own order changes after a step
         self._waiting: list[tuple[Tensor, dict[str, Tensor], torch.futures.Future[Tensor]]] = []
         self._to_keep: list[Callable[[], None]] = []
         self._sound: list[Tensor] = []
@@ -97,8 +98,8 @@ class GradientExchange:
         named = {self._names[id(p)]: g for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True)}
         buffer = bucket.buffer()
         if self._leaves_at_once:
-            items = [(self._segments[name], grad) for name, grad in named.items()]
-            future = self._send(items).then(lambda done: _write(done, list(named.values()), buffer))
+            items = [(self._segments[name], named[name]) for name in sorted(named, key=self._position.__getitem__)]
+            future = self._send(items).then(lambda done: _write(done, [grad for _, grad in items], buffer))
         else:
             future = torch.futures.Future[Tensor](devices=[buffer.device] if buffer.is_cuda else [])
             self._waiting.append((buffer, named, future))
@@ -245,8 +246,6 @@ class GradientExchange:
                 if factors is not None:
                     rows = _wide(item.compressor.decode(payload))
                     total = factors.to(rows).unsqueeze(0) @ rows
-                elif torch.finfo(payload.dtype).bits < 32:
-                    total = item.compressor.decode(payload).float().sum(0, keepdim=True)
                 else:
                     total = item.compressor.decode_sum(payload)
                 means.append(self._received(item, own, total.div_(self.group.size), None))

@@ -39,8 +39,10 @@ class CompressedDDPStrategy(DDPStrategy):
     Logged are ``uplink/bits``, the bits of all tensors that all ranks handed to collectives in the step, and
     ``uplink/bits_cumulative``. Gradients that are accumulated (``accumulate_grad_batches``) travel once, in the last
     backward pass, and only then the memory changes. Every rank's memory is in the checkpoint, and a run that was killed
-    and resumed equals one that was not, bit for bit. Resumed with another number of processes, it starts with empty
-    memories, and warns.
+    and resumed equals one that was not, bit for bit; from three processes on, only if all is sent together
+    (``granularity="model"``, PowerSGD, or a model that fits into one bucket): DDP cuts its buckets anew after the first
+    step, in plain DDP, too, and sums of three depend on where they lie. Resumed with another number of processes, it starts
+    with empty memories, and warns.
 
     With ``granularity="layer"`` a bucket (``bucket_cap_mb`` of parameters) is sent as soon as its gradients are there,
     while the backward pass goes on; PowerSGD and ``granularity="model"`` wait for its end.
@@ -53,7 +55,7 @@ class CompressedDDPStrategy(DDPStrategy):
         min_numel: Fewest entries of a parameter that is compressed.
         warmup_steps: Steps at the beginning that send everything as it is.
         on_nonfinite: What every rank does, all in the same step, when the mean has NaN or infinite entries:
-            ``"raise"`` ends the run, ``"skip"`` leaves out the step and keeps memories as they were. With loss scaling
+            ``"raise"`` ends the run, ``"skip"`` leaves out the step and keeps error memories as they were. With loss scaling
             (``precision="16-mixed"``), the scaler skips.
         seed: Root seed of all random draws; by default that of ``seed_everything``, else 0.
         **kwargs: Of :class:`lightning.pytorch.strategies.DDPStrategy`, and through it of DistributedDataParallel
@@ -152,7 +154,7 @@ class CompressedDDPStrategy(DDPStrategy):
 
     def _refuse_different_ranks(self) -> None:
         everyone: list[Any] = [None] * self.world_size
-        dist.all_gather_object(everyone, self.configuration())
+        dist.all_gather_object(everyone, self.configuration() | {"on_nonfinite": self.on_nonfinite})
         for name, value in everyone[0].items():
             others = {rank: one[name] for rank, one in enumerate(everyone) if one[name] != value}
             if others:

@@ -31,7 +31,7 @@ class FRUGAL(CompressedStateOptimizer):
     ``selection`` the subspace                                                 numbers beside ``2 density numel`` moments
     ============ ============================================================= =========================================
     ``columns``  random columns, ``int(density * columns)`` of them            their indices
-    ``rows``     random rows; the fastest, as memory is laid out               their indices
+    ``rows``     random rows; faster than columns, by the memory               their indices
     ``randk``    random entries                                                one index for each (int32)
     ``blocks``   ``round(density * number)`` of a group's matrices, as a whole  none
     ``svd``      leading singular directions of the gradient's shorter side,   the directions: their number times the
@@ -65,7 +65,8 @@ class FRUGAL(CompressedStateOptimizer):
 
     Reference:
         Zmushko, Beznosikov, Takáč, Horváth, "FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for
-        Scalable Training", ICML 2025. arXiv:2411.07837. With ``rule="none"`` and ``selection="blocks"`` it is BAdam.
+        Scalable Training", ICML 2025. arXiv:2411.07837. With ``rule="none"``, ``selection="blocks"`` and
+        without weight decay it is BAdam.
 
     Example:
         >>> layer = torch.nn.Linear(8, 4)

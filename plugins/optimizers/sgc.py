@@ -37,7 +37,7 @@ class MESGC(CompressedStateOptimizer):
     AdamW's two per entry, and the matrix of ``n k`` numbers is kept once for all of them. A parameter is compressed if it
     has at least two dimensions and ``c k`` entries; the others go by AdamW. A step costs ``2 k sparsity`` operations an
     entry, so this trades time for memory: with the defaults it takes about twelve times as long as AdamW's on a CPU. Of
-    settings in the same proportions, those with smaller chunks cost less, in proportion to ``k``.
+    settings in the same proportions, those with smaller chunks cost less, in proportion to ``k^2``.
 
     Sparse vectors are recovered if ``k`` is about ``2 sparsity ln n``, which is 12 to 16 times the sparsity. Adam's
     division by the root of the second moment, entry by entry, takes the direction out of their image, and what is lifted
@@ -290,7 +290,8 @@ class CESGC(MESGC):
         rank = min(int(group["rank"]), shorter)
         if rank * longer < group["subspace_dim"]:
             return True
-        moments = 2 * self._num_chunks(group, rank * longer) * int(group["subspace_dim"])
+        numbers = int(group["subspace_dim"])
+        moments = self._num_chunks(group, rank * longer) * (numbers + 1 if group["moment"] == "scalar" else 2 * numbers)
         return moments + rank * shorter > 2 * parameter.numel()
 
     @override

@@ -6,8 +6,9 @@ import copy
 import pickle
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import partial, update_wrapper
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -245,6 +246,16 @@ def test_one_callback_serves_several_fits() -> None:
     first, _, _ = fit(module=Configured(old), callbacks=[swap])
     second, _, _ = fit(module=Configured(old), callbacks=[swap])
     assert torch.equal(first, second)
+
+
+def test_a_hook_that_lightning_cli_has_put_in_is_found() -> None:
+    """It is a partial, which has neither a name nor code of its own."""
+    module = Configured(partial(SGD, lr=OLD_LR))
+    hook = update_wrapper(partial(lambda _: SGD(module.parameters(), lr=OLD_LR)), module.configure_optimizers)
+    module.configure_optimizers = MethodType(hook, module)  # type: ignore[method-assign]
+    trainer(callbacks=[OptimizerSwap(adamw)]).fit(module, loader())  # not of a copy, to which the hook would not belong
+    expected, _, _ = fit(module=Configured(adamw))
+    assert torch.equal(weights(module), expected)
 
 
 def test_it_leaves_no_trace() -> None:

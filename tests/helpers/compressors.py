@@ -6,12 +6,13 @@ import io
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from groundwire.plugins.compression import Compressor, Message
+from groundwire.plugins.compression import Compressor, Message, Payload, base
 from groundwire.plugins.random import Key
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -103,6 +104,7 @@ def _check_wire(compressor: Compressor, x: Tensor, wire_bits: Callable[[int, int
     assert decoded.shape == x.shape
     assert decoded.dtype == message.values.dtype == x.dtype
     assert torch.equal(decoded, message.values), "the short cut must equal the wire"
+    _check_sum(compressor, payload, decoded)
     assert payload.bits_wire == message.bits_wire
     assert payload.bits_ideal == message.bits_ideal
     assert payload.bits_ideal <= payload.bits_wire, "no code is better than the ideal one"
@@ -119,6 +121,18 @@ def _check_wire(compressor: Compressor, x: Tensor, wire_bits: Callable[[int, int
     received = torch.load(file, weights_only=True)["parts"]
     again = type(payload)(parts=received, numel=payload.numel, dtype=payload.dtype, bits_ideal=0.0, meta=payload.meta)
     assert torch.equal(compressor.decode(again), decoded), "what travelled and what is known suffices"
+
+
+def _check_sum(compressor: Compressor, payload: Payload, decoded: Tensor) -> None:
+    """At once, and row by row, as it is added where rows are long."""
+    if len(decoded) > getattr(compressor, "max_devices", math.inf):
+        return  # it refuses
+    expected = decoded.double().sum(0, keepdim=True)
+    for at_once in (2**21, 1):
+        with mock.patch.object(base, "_DECODED", at_once):
+            total = compressor.decode_sum(payload)
+        assert total.dtype == torch.promote_types(decoded.dtype, torch.float32)
+        torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-5 * float(decoded.double().abs().max()))
 
 
 def _on_numpy(parts: dict[str, Tensor]) -> list[Tensor]:

@@ -168,6 +168,18 @@ CASES: dict[str, dict[str, Any]] = {
         "definition": lambda r, key, dtype: qsgd(r, key, dtype, 7, 16, len(r)),
         "wire_bits": lambda d, _: 8 * math.ceil(d * 4 / 8) + 32 * math.ceil(d / 16),
     },
+    "qsgd_eight_bits": {  # codes of a whole byte
+        "build": lambda: QSGD(num_levels=127),
+        "random": True,
+        "definition": lambda r, key, dtype: qsgd(r, key, dtype, 127, len(r), len(r)),
+        "wire_bits": lambda d, _: 8 * d + 32,
+    },
+    "qsgd_nine_bits": {
+        "build": lambda: QSGD(num_levels=128, bucket_size=32),
+        "random": True,
+        "definition": lambda r, key, dtype: qsgd(r, key, dtype, 128, 32, len(r)),
+        "wire_bits": lambda d, _: 8 * math.ceil(9 * d / 8) + 32 * math.ceil(d / 32),
+    },
     "qsgd_sparse": {
         "build": lambda: QSGD(num_levels=4, num_entries=6),
         "random": True,
@@ -430,6 +442,22 @@ def test_only_real_floating_rows_are_compressed() -> None:
 
 
 # ---------------------------------------------------------------- long rows
+
+
+def test_norms_of_many_buckets_are_those_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = rows(3, 1000)
+    expected = QSGD(num_levels=3, bucket_size=8).encode(x, key(3)).parts
+    monkeypatch.setattr("groundwire.plugins.compression.qsgd._AT_ONCE", 50)
+    found = QSGD(num_levels=3, bucket_size=8).encode(x, key(3)).parts
+    assert all(torch.equal(found[name], part) for name, part in expected.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_of_half_precision_are_wide(dtype: torch.dtype) -> None:
+    ones = torch.ones(3000, 2, dtype=dtype)  # beyond 2,048, adding one changes no float16, and beyond 256 no bfloat16
+    for compressor in (Identity(), TopK(k=2)):
+        total = compressor.decode_sum(compressor.encode(ones, key(3000)))
+        assert total.tolist() == [[3000.0, 3000.0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -30,6 +30,16 @@ def test_sent_plus_residual_is_the_sum_of_inputs(compressor: TopK) -> None:
         assert not feedback.memory.residual().any()
 
 
+def test_what_is_beyond_half_precision_is_sent_later() -> None:
+    feedback = ErrorFeedback(TopK(k=1), num_devices=1)
+    total = torch.zeros(1, 4)
+    for t in range(9):
+        x = torch.full((1, 4), 6e4 if t < 3 else 0.0, dtype=torch.float16)  # the residual soon passes 65,504
+        total += feedback(x, Key(seed=0, round=t, devices=(0,))).values
+    assert (total + feedback.memory.residual()).tolist() == [[18e4] * 4]
+    assert total.sum() > 5e5
+
+
 def test_only_the_named_devices_change() -> None:
     feedback = ErrorFeedback(TopK(k=1), num_devices=3)
     feedback(rows(3, 5), Key(seed=0, devices=(0, 1, 2)))

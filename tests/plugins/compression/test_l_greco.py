@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from groundwire.plugins.compression import QSGD, ErrorFeedback, LGreCo, RandK, Sender, TopK
+from groundwire.plugins.compression import QSGD, ErrorFeedback, LGreCo, PowerSGD, RandK, Sender, TopK
 from groundwire.plugins.compression.l_greco import allocate
 from groundwire.plugins.layout import ParameterLayout
 from groundwire.plugins.random import Key
@@ -200,6 +200,7 @@ def test_other_families() -> None:
         ({"period": 0}, "`period` must be at least 1, got 0"),
         ({"num_observed": 5}, r"in \[1, period=4\], got 5"),
         ({"slack": 0.0}, "`slack` must be > 0, got 0.0"),
+        ({"options": [PowerSGD(rank=1)] * 3 + [TopK(k=1)]}, "options of one family, got PowerSGD, TopK"),
     ],
 )
 def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> None:

@@ -315,6 +315,16 @@ def test_built_from_a_configuration_copied_and_pickled() -> None:
     assert not compressor.state_dict()
 
 
+def test_representation_tells_designs_apart() -> None:
+    """By it, ranks and checkpoints of other settings are found."""
+    designs = [RCFED(lam=0.1), RCFED(lam=0.10001), RCFED(target_rate=2.0), RCFED(target_rate=1.99999)]
+    designs += [LloydMax(4), LloydMax(4, entropy="huffman"), LloydMax(5)]
+    assert len({repr(design) for design in designs}) == len(designs)
+    plain = [ScalarQuantizer(design.table, entropy="fixed") for design in (LloydMax(4), NQFL(4))]
+    assert repr(plain[0]) != repr(plain[1])
+    assert repr(plain[0]) == repr(ScalarQuantizer(LloydMax(4).table, entropy="fixed"))
+
+
 def test_lloyd_max_is_rc_fed_with_free_bits() -> None:
     x = rows(2, 100)
     free, published = RCFED(lam=0.0, num_levels=8), LloydMax(8)

@@ -19,6 +19,14 @@ def test_supports_are_sets_of_their_size(numel: int, k: int) -> None:
     assert 0 <= support[0] <= support[-1] < numel
 
 
+def test_positions_beyond_a_modulo_of_32_bits_are_no_rarer() -> None:
+    numel, k = 3 * 2**30, 300_000  # of 2^32 draws modulo this, the first third would come twice as often
+    support = random_support(numel, k, torch.Generator().manual_seed(0))
+    for part in range(3):
+        found = int(((support >= part * 2**30) & (support < (part + 1) * 2**30)).sum())
+        assert abs(found - k / 3) < 5 * (k * 2 / 9) ** 0.5
+
+
 def test_every_set_is_equally_likely() -> None:
     numel, k, draws = 2**14, 2**11, 400
     g = torch.Generator().manual_seed(0)
