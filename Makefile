@@ -1,6 +1,6 @@
 # make demo       the main job on the embedded digits: five schemes, three seeds; prints where plot and table are
 # make study-first-light, study-compression, study-information, study-adversarial, study-privacy, study-unlearning     all figures of
-#                 that page under docs/: one, a half, two, two, two and three hours on one core; make study does all
+#                 that page under docs/: one, one and a half, two, two, two and three hours on one core; make study does all
 # make test       the tests, on two cores (TEST_JOBS=4 for more)           make test-slow   the long reproductions as well
 # make lint       ruff and mypy       make clean       remove the environments
 # Each sets up an environment of its own. Needed beforehand: Python 3.11 or later with venv and pip, and make.
@@ -10,7 +10,7 @@ DEMO_VENV := .venv
 TEST_VENV := .venv-test
 TEST_JOBS ?= 2
 FIRST_LIGHT := iid_500 by_label_500 iid_200 by_label_200 power bandwidth decoders fedavg
-COMPRESSION := compression_iid
+COMPRESSION := compression_iid compression_dirichlet quantisers layers feedback optimizers
 INFORMATION := cmic ncmi_and_error students knockoffs
 ADVERSARIAL := adversarial fal
 PRIVACY := dp_sgd device_privacy
@@ -36,7 +36,7 @@ study-first-light: $(FIRST_LIGHT:%=study/%)
 	$(DEMO_VENV)/bin/python docs/studies/first_light.py
 
 study-compression: $(DEMO_VENV)/.installed
-	$(DEMO_VENV)/bin/pip install --quiet -c constraints.txt ".[entropy]"
+	$(DEMO_VENV)/bin/pip install --quiet -c constraints.txt ".[entropy,text,optimizers]"
 	$(MAKE) $(COMPRESSION:%=study/%)
 	$(DEMO_VENV)/bin/python docs/studies/compression.py
 

@@ -20,7 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from groundwire.callbacks.reporting import read_metrics
+from groundwire.plugins.compression import QSGD
 from groundwire.plugins.optimizers import optimizer_state_bytes
+from groundwire.plugins.random import Key
 
 STUDIES = ("compression_iid", "compression_dirichlet", "quantisers", "layers", "feedback", "optimizers")
 STATE = "optimizer/state_bytes"
@@ -87,6 +89,10 @@ def draw_quantisers(runs: Runs) -> None:
         ax.errorbar(bits, found.mean(1), yerr=found.std(1, ddof=1), fmt=style, capsize=4, label=name)
         for label, x, row in zip(labels, bits, found, strict=True):
             print(f"| {label} | {x:.2f} | {_cell(row)} |")
+        if name == "QSGD":
+            coded = [entropy_of_qsgd(int(label.split()[1])) for label in labels]
+            ax.plot(coded, found.mean(1), "D:", mfc="none", color="C3", label="QSGD, if its levels were entropy coded")
+            print("entropy of QSGD's levels:", ", ".join(f"{entropy:.2f}" for entropy in coded))
     ax.set(
         xlabel="Bits for each parameter and round",
         ylabel="Test accuracy (%)",
@@ -95,6 +101,16 @@ def draw_quantisers(runs: Runs) -> None:
     ax.grid(alpha=0.3)
     ax.legend()
     figure.savefig(DOCS / "compression_quantisers.png", dpi=130)
+
+
+def entropy_of_qsgd(num_levels: int, bucket_size: int = 512) -> float:
+    """Of its symbols on normal entries, in bits an entry, with the norms of the buckets."""
+    x = torch.randn(1, 400 * bucket_size, generator=torch.Generator().manual_seed(0))
+    values = QSGD(num_levels=num_levels, bucket_size=bucket_size).roundtrip(x, Key(seed=0)).values
+    norms = torch.linalg.vector_norm(x.view(-1, bucket_size), dim=1, keepdim=True)
+    levels = (values.view(-1, bucket_size) * num_levels / norms).round()
+    share = levels.unique(return_counts=True)[1].double() / x.numel()
+    return -(share * share.log2()).sum().item() + 32 / bucket_size
 
 
 def print_layers(runs: Runs) -> None:
