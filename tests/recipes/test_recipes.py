@@ -34,6 +34,7 @@ Short = Callable[[Recipe], list[str]]
 every_recipe = pytest.mark.parametrize(
     "recipe", [recipe for recipe in RECIPES if recipe.name not in NO_STEPS], ids=lambda recipe: recipe.name
 )
+ONE_OF_EACH_FAMILY = ("qsgd", "rqm", "cmic", "pgd_at", "mesgc", "dp_sgd", "random_labels")  # with draws of their own
 STUDIES = sorted((Path(__file__).parents[2] / "docs" / "studies").glob("*.yaml"))
 BREAKER = """\
 from lightning.pytorch import Callback
@@ -52,7 +53,15 @@ def test_non_iid_is_one_override_on_the_digits_as_well(groundwire: Command, seed
     assert groundwire("check", "error_free", *words)[0] == 0
 
 
-@every_recipe
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(recipe, marks=() if recipe.name in ONE_OF_EACH_FAMILY else pytest.mark.slow)
+        for recipe in RECIPES
+        if recipe.name not in NO_STEPS
+    ],
+    ids=lambda recipe: recipe.name,
+)
 def test_the_seed_of_a_run_is_the_seed_of_all_its_parts(
     groundwire: Command, workplace: Path, short: Short, recipe: Recipe
 ) -> None:

@@ -7,7 +7,7 @@ import copy
 import os
 import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -88,7 +88,6 @@ PARTS: dict[str, Callable[[], Any]] = {
     "dgc_nesterov": lambda: DGC(density=0.1, momentum=0.5, nesterov=True),
 }
 RAGGED = ("rc_fed", "ef_fedzip")
-every_part = pytest.mark.parametrize("name", PARTS)
 every_granularity = pytest.mark.parametrize("granularity", ["model", "layer"])
 
 
@@ -137,7 +136,7 @@ def over_the_wire(name: str, granularity: Any, world_size: int, warmup: int, opt
 
 
 def _count_bytes() -> dict[str, int]:
-    """Counts, from outside, what the strategy's group hands to torch.distributed."""
+    """Counts, from outside, what the strategy's group hands to torch.distributed; anew with every call."""
     counter = {"bytes": 0, "calls": 0}
 
     def counted(where: Any, name: str, which: int, only_source: bool = False) -> None:
@@ -158,14 +157,27 @@ def _count_bytes() -> dict[str, int]:
     return counter
 
 
-@every_granularity
-@every_part
-def test_two_processes_equal_two_simulated_devices(name: str, granularity: str) -> None:
-    if "l_greco" in name and granularity == "model":
-        pytest.skip("it is for layers")
-    options = {"precision": "64-true"}
-    expected, strategy = simulated(name, granularity, warmup=1, **options)
-    first, second = run_ddp(over_the_wire, name, granularity, 2, 1, options)
+def all_over_the_wire(granularity: str) -> dict[str, Sent]:
+    return {name: over_the_wire(name, granularity, 2, 1, {"precision": "64-true"}) for name in parts_of(granularity)}
+
+
+def parts_of(granularity: str) -> list[str]:
+    return [name for name in PARTS if granularity == "layer" or "l_greco" not in name]  # which is for layers
+
+
+@pytest.fixture(scope="module")
+def sent() -> Callable[[str], list[dict[str, Sent]]]:
+    """What every part sends on each of two ranks; once, as starting them takes longer than training."""
+    return lru_cache(lambda granularity: run_ddp(all_over_the_wire, granularity))
+
+
+@pytest.mark.parametrize(
+    ("granularity", "name"),
+    [(granularity, name) for granularity in ("model", "layer") for name in parts_of(granularity)],
+)
+def test_two_processes_equal_two_simulated_devices(sent: Any, name: str, granularity: str) -> None:
+    expected, strategy = simulated(name, granularity, warmup=1, precision="64-true")
+    first, second = (by_name[name] for by_name in sent(granularity))
     assert torch.equal(first.weights, second.weights), "replicas must not drift apart"
     torch.testing.assert_close(first.weights, expected, rtol=1e-9, atol=1e-12)
     assert first.bits == second.bits == first.bits_counted
