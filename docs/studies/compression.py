@@ -5,7 +5,6 @@ python docs/studies/compression.py [FOLDER of the comparisons, runs/compare by d
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -121,24 +120,13 @@ def print_layers(runs: Runs) -> None:
         print(f"L-GreCo, {family} minus {uniform}: {mean:.2f} ± {half:.2f} points (95 %)")
 
 
-def draw_optimizers(runs: Runs) -> None:
-    """Test accuracy against the bytes of optimizer state."""
-    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
-    ax = figure.subplots()
-    for label, jobs in runs.jobs.items():
-        accuracy = _accuracies(runs, label)
-        state = state_bytes(runs, label) / 1e6
-        seconds = [json.loads((job.folder / "result.json").read_text())["seconds"] for job in jobs.values()]
+def print_optimizers(runs: Runs) -> None:
+    for label in runs.jobs:
         loss = np.array(list(runs.test(label, "test/loss").values()))
-        ax.errorbar(state, accuracy.mean(), yerr=accuracy.std(ddof=1), fmt="o", capsize=4, label=label)
         print(
-            f"| {label} | {state:.3g} MB | {_cell(accuracy)} | {loss.mean():.3f} ± {loss.std(ddof=1):.3f} "
-            f"| {np.mean(seconds):.0f} s |"
+            f"| {label} | {state_bytes(runs, label) / 1e6:.3g} MB | {_cell(_accuracies(runs, label))} "
+            f"| {loss.mean():.3f} ± {loss.std(ddof=1):.3f} |"
         )
-    ax.set(xscale="log", xlabel="Optimizer state (MB)", ylabel="Test accuracy (%)", title="After 75 steps; mean ± std")
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize="small")
-    figure.savefig(DOCS / "compression_optimizers.png", dpi=130)
 
 
 def state_bytes(runs: Runs, label: str) -> float:
@@ -173,7 +161,7 @@ def main() -> None:
     draw_bits({"IID": Runs(folder, "compression_iid"), "Dirichlet 0.1": Runs(folder, "compression_dirichlet")})
     draw_quantisers(Runs(folder, "quantisers"))
     print_layers(Runs(folder, "layers"))
-    draw_optimizers(Runs(folder, "optimizers"))
+    print_optimizers(Runs(folder, "optimizers"))
     (DOCS / "compression_feedback.png").write_bytes((folder / "feedback" / "plot.png").read_bytes())
     for study in STUDIES:
         for name in ("curves.csv", "table.csv", "table.md"):
