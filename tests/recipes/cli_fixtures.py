@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from groundwire.cli import main
 from groundwire.recipes.catalog import Recipe, all_recipes
 
 RECIPES = [recipe for recipe in all_recipes() if not recipe.is_overlay]
+FEW = ("qsgd", "rqm", "cmic", "pgd_at", "mesgc", "dp_sgd", "random_labels")  # one of each family, with draws of its own
 every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 FAMILIES = {  # the overlay that needs no data to be there, and arguments for epochs of two steps, each of them logged
     "compression": ("digits", ["--data.rounds_per_epoch=2"]),
@@ -36,6 +37,15 @@ NEEDED_HERE = {  # what a recipe for more data needs on the digits
     "film_few_shot": ["--data.train_fraction=1.0"],
 }
 UNTRACKED = ("--trainer.logger", "groundwire.callbacks.reporting.MetricsCSV")  # W&B is tested once, elsewhere
+
+
+def one_of_each_family(recipes: Sequence[Recipe]) -> pytest.MarkDecorator:
+    """All recipes, most of them in slow runs only."""
+    marked = [
+        pytest.param(recipe, marks=() if recipe.name in (*FEW, *NO_STEPS) else pytest.mark.slow) for recipe in recipes
+    ]
+    return pytest.mark.parametrize("recipe", marked, ids=lambda recipe: recipe.name)
+
 
 TINY = """\
 # A tiny recipe.

@@ -23,6 +23,7 @@ from cli_fixtures import (
     forgets,
     groundwire,
     is_federated,
+    one_of_each_family,
     only_run,
     original,
     overlay_of,
@@ -131,11 +132,11 @@ def test_missing_fashion_mnist_is_said_in_one_line(groundwire: Run, workplace: P
 # ---------------------------------------------------------------- fit
 
 
-@every_recipe
+@one_of_each_family(RECIPES)
 def test_every_recipe_runs_two_rounds(
     groundwire: Run, workplace: Path, short: Callable[[Recipe], list[str]], recipe: Recipe
 ) -> None:
-    """Through the real command, on the embedded data, with the trackers it ships."""
+    """Through the real command, on the embedded data, with the trackers it ships; that all run is tested with resuming."""
     tracked = recipe.name not in OF_SEVERAL_PROCESSES
     words = (*short(recipe), *(() if tracked else UNTRACKED))
     status, _, err = groundwire("fit", "--config", recipe.name, *words, "--trainer.max_steps", 2)

@@ -14,6 +14,7 @@ from cli_fixtures import (
     RECIPES,
     UNTRACKED,
     groundwire,
+    one_of_each_family,
     original,
     overlay_of,
     short,
@@ -34,7 +35,6 @@ Short = Callable[[Recipe], list[str]]
 every_recipe = pytest.mark.parametrize(
     "recipe", [recipe for recipe in RECIPES if recipe.name not in NO_STEPS], ids=lambda recipe: recipe.name
 )
-ONE_OF_EACH_FAMILY = ("qsgd", "rqm", "cmic", "pgd_at", "mesgc", "dp_sgd", "random_labels")  # with draws of their own
 STUDIES = sorted((Path(__file__).parents[2] / "docs" / "studies").glob("*.yaml"))
 BREAKER = """\
 from lightning.pytorch import Callback
@@ -53,15 +53,7 @@ def test_non_iid_is_one_override_on_the_digits_as_well(groundwire: Command, seed
     assert groundwire("check", "error_free", *words)[0] == 0
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        pytest.param(recipe, marks=() if recipe.name in ONE_OF_EACH_FAMILY else pytest.mark.slow)
-        for recipe in RECIPES
-        if recipe.name not in NO_STEPS
-    ],
-    ids=lambda recipe: recipe.name,
-)
+@one_of_each_family([recipe for recipe in RECIPES if recipe.name not in NO_STEPS])
 def test_the_seed_of_a_run_is_the_seed_of_all_its_parts(
     groundwire: Command, workplace: Path, short: Short, recipe: Recipe
 ) -> None:
@@ -123,9 +115,12 @@ def test_a_recipe_resumes_within_an_epoch(
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_a_study_of_the_docs_can_be_built(groundwire: Command, path: Path) -> None:
-    """On the digits, so that no data has to be there; the text comes with a package."""
+    """On the digits, so that no data has to be there; the text comes with a package. Bare recipes are checked elsewhere."""
     recipes = {recipe.path: recipe for recipe in RECIPES}
-    for job in {job.label: job for job in Study.of_file(path).jobs(Path("out"))}.values():
+    study = Study.of_file(path)
+    bare = {entry.label for entry in study.entries if not entry.overrides and not (study.sweep and entry.swept)}
+    jobs = {job.label: job for job in study.jobs(Path("out")) if job.label not in bare}
+    for job in jobs.values():
         recipe = Path(job.args[0].removeprefix("--config="))
         overlay = () if recipes[recipe].family == "optimizers" else (f"--config={overlay_of(recipes[recipe])[0]}",)
         status, _, err = groundwire("check", recipe, *overlay, *job.args[1:])
