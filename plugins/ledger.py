@@ -19,7 +19,8 @@ class Cost:
         bits_ideal: The same messages under an ideal code.
         channel_uses: Real channel uses that the transmission occupied.
         energy: Transmit energy of each device, shape ``(M,)``, in units where the channel's noise variance is given
-            (energy of the whole round, not per symbol); None if the link has no notion of energy.
+            (energy of the whole round, not per symbol); of the server on the downlink, shape ``(1,)``; None if the link
+            has no notion of energy.
     """
 
     bits: int = 0
@@ -63,8 +64,12 @@ class Ledger:
             entries["uplink/bits_ideal"] = uplink.bits_ideal
         if uplink.channel_uses:
             entries["uplink/channel_uses"] = uplink.channel_uses
+        if downlink.bits_ideal != downlink.bits:
+            entries["downlink/bits_ideal"] = downlink.bits_ideal
         if downlink.channel_uses:
             entries["downlink/channel_uses"] = downlink.channel_uses
+        if downlink.energy is not None:
+            entries["downlink/energy"] = downlink.energy.to(torch.float64).sum()
         if uplink.energy is not None:
             energy = uplink.energy.to(torch.float64)
             entries["uplink/energy"] = energy.sum()

@@ -465,3 +465,73 @@ def _norm(x: Tensor) -> Tensor:
 def _can_ask(x: Tensor) -> bool:
     """Whether a test of values is free: on the CPU it is, an accelerator would have to be waited for."""
     return x.device.type == "cpu"
+
+
+def pack_complex(x: Tensor) -> Tensor:
+    """Two real numbers in a complex one: the first half of a vector in the real parts, the second in the imaginary.
+
+    Args:
+        x: Real vectors, shape ``(..., d)``, float32 or float64.
+
+    Returns:
+        Shape ``(..., ceil(d / 2))``; of an odd length, the last imaginary part is 0.
+
+    Example:
+        >>> pack_complex(torch.tensor([1.0, 2.0, 3.0]))
+        tensor([1.+3.j, 2.+0.j])
+    """
+    half = -(-x.shape[-1] // 2)
+    imaginary = torch.nn.functional.pad(x[..., half:], (0, 2 * half - x.shape[-1]))
+    return torch.complex(x[..., :half].contiguous(), imaginary.contiguous())
+
+
+def unpack_complex(c: Tensor, numel: int) -> Tensor:
+    """The real vectors that :func:`pack_complex` has packed.
+
+    Args:
+        c: Shape ``(..., n)``.
+        numel: Length ``d`` of each, ``2 n`` or ``2 n - 1``.
+
+    Returns:
+        Shape ``(..., d)``.
+
+    Example:
+        >>> unpack_complex(torch.tensor([1 + 3j, 2 + 0j]), 3)
+        tensor([1., 2., 3.])
+    """
+    return torch.cat([c.real, c.imag], dim=-1)[..., :numel]
+
+
+def water_filling(gain: Tensor, power: float, noise_var: float) -> tuple[Tensor, Tensor]:
+    """The powers over parallel channels that carry the most bits.
+
+    Args:
+        gain: ``|h_i|^2`` of each channel, shape ``(..., n)``; channels of gain 0 get nothing.
+        power: Total power ``P``.
+        noise_var: Noise variance of a channel.
+
+    Returns:
+        ``(powers, bits)``: ``p_i = max(0, level - noise_var / |h_i|^2)``, which add up to ``P`` unless all gains are 0,
+        shape ``(..., n)``, float64; and ``sum_i log2(1 + p_i |h_i|^2 / noise_var)``, shape ``(...)``, the bits of that
+        many complex channel uses.
+
+    Raises:
+        ValueError: If ``power`` or ``noise_var`` is not positive.
+
+    Reference:
+        Cover, Thomas, "Elements of Information Theory", 2nd ed., 2006, Section 9.4.
+
+    Example:
+        >>> powers, bits = water_filling(torch.tensor([1.0, 0.5, 0.01]), power=3.0, noise_var=1.0)
+        >>> powers, bits
+        (tensor([2., 1., 0.], dtype=torch.float64), tensor(2.1699, dtype=torch.float64))
+    """
+    if not power > 0 or not noise_var > 0:
+        raise ValueError(f"Water-filling needs power > 0 and noise_var > 0, got {power=} and {noise_var=}.")
+    floor = noise_var / gain.double()
+    ordered, _ = floor.sort(dim=-1)
+    count = torch.arange(1, floor.shape[-1] + 1, dtype=torch.float64, device=floor.device)
+    levels = (power + ordered.cumsum(-1)) / count  # if the lowest so many were filled
+    filled = (levels > ordered).sum(-1, keepdim=True).clamp_min(1)
+    powers = torch.where(floor.isfinite(), levels.gather(-1, filled - 1) - floor, 0).clamp_min(0)
+    return powers, torch.log2(1 + powers / floor).sum(-1)

@@ -97,6 +97,32 @@ class Projection(nn.Module, ABC):
         view.num_rows = num_rows
         return view
 
+    def select(self, rows: Tensor) -> Self:
+        """The projection on some of the rows, in their order, rescaled so that its columns keep unit norm on average.
+
+        It maps ``x`` to ``sqrt(s / r)`` times those ``r`` of the ``s`` entries of ``A x``.
+
+        Args:
+            rows: Distinct positions in ``[0, s)``, int64, shape ``(r,)``, at least one.
+
+        Returns:
+            A projection with as many rows; its dense matrix is a copy.
+
+        Raises:
+            ValueError: If there is no row.
+        """
+        if not len(rows):
+            raise ValueError("A projection needs at least one row, and `rows` names none.")
+        view = copy.copy(self)
+        view._buffers = dict(self._buffers)
+        view._keep(rows)
+        view.num_rows = len(rows)
+        return view
+
+    @abstractmethod
+    def _keep(self, rows: Tensor) -> None:
+        """Replace the buffers by those of some rows."""
+
     @abstractmethod
     def _mv(self, x: Tensor) -> Tensor: ...
 
@@ -161,6 +187,10 @@ class GaussianProjection(Projection):
         return self.matrix.dtype
 
     @override
+    def _keep(self, rows: Tensor) -> None:
+        self.matrix, self.factor = self.matrix[rows], None
+
+    @override
     def _mv(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.matrix[: self.num_rows]).div_(math.sqrt(self.num_rows))
 
@@ -219,6 +249,10 @@ class DCTProjection(Projection):
     @override
     def dtype(self) -> torch.dtype:
         return self.signs.dtype
+
+    @override
+    def _keep(self, rows: Tensor) -> None:
+        self.rows = self.rows[rows]
 
     @override
     def _mv(self, x: Tensor) -> Tensor:

@@ -3,18 +3,27 @@
 from groundwire.plugins.edge.aggregator import Aggregator, MajorityVote, WeightedMean
 from groundwire.plugins.edge.batch import DeviceBatch
 from groundwire.plugins.edge.downlink import Downlink, PerfectDownlink
+from groundwire.plugins.edge.downlinks import LFL, LGM, LTGM, AnalogDownlink, DigitalDownlink, DownlinkSelection
+from groundwire.plugins.edge.fair import QFFL, AdaFed
 from groundwire.plugins.edge.local import LocalGradient, LocalSGD, LocalWork
 from groundwire.plugins.edge.round import Round
 from groundwire.plugins.edge.scheduler import AllDevices, PoissonSample, Scheduler, UniformSample
 from groundwire.plugins.edge.strategy import EdgeStrategy
 from groundwire.plugins.edge.uplinks import (
     ADSGD,
+    CADSGD,
+    ESADSGD,
+    OTAFFL,
+    BlindTransmitters,
     CapacityLimited,
     Digital,
     DPFedAvg,
     DPOverTheAir,
     ErrorFree,
+    MassiveMIMO,
+    OpportunisticDigital,
     Received,
+    UpdateAware,
     Uplink,
 )
 from groundwire.plugins.errors import CheckpointMismatchError, NonFiniteUpdateError
@@ -23,8 +32,18 @@ from groundwire.plugins.ledger import Cost, Ledger
 
 __all__ = [
     "ADSGD",
+    "CADSGD",
+    "ESADSGD",
+    "LFL",
+    "LGM",
+    "LTGM",
+    "OTAFFL",
+    "QFFL",
+    "AdaFed",
     "Aggregator",
     "AllDevices",
+    "AnalogDownlink",
+    "BlindTransmitters",
     "CapacityLimited",
     "CheckpointMismatchError",
     "Cost",
@@ -32,7 +51,9 @@ __all__ = [
     "DPOverTheAir",
     "DeviceBatch",
     "Digital",
+    "DigitalDownlink",
     "Downlink",
+    "DownlinkSelection",
     "EdgeStrategy",
     "ErrorFree",
     "Ledger",
@@ -40,7 +61,9 @@ __all__ = [
     "LocalSGD",
     "LocalWork",
     "MajorityVote",
+    "MassiveMIMO",
     "NonFiniteUpdateError",
+    "OpportunisticDigital",
     "ParameterLayout",
     "PerfectDownlink",
     "PoissonSample",
@@ -48,6 +71,7 @@ __all__ = [
     "Round",
     "Scheduler",
     "UniformSample",
+    "UpdateAware",
     "Uplink",
     "WeightedMean",
 ]

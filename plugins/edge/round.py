@@ -20,6 +20,7 @@ class Round:
         weights: Weight of each of those devices in the aggregate, shape ``(M,)``, summing to one.
         sample_rate: Probability with which every device of the population takes part, if each does by a coin of its
             own; None where devices are chosen in another way.
+        losses: Loss of each of those devices on its data at the model it received, shape ``(M,)``; None before local work.
         is_empty: Whether nobody takes part: the only row is of zeros, and is not sent.
     """
 
@@ -28,6 +29,7 @@ class Round:
     key: Key
     weights: Tensor
     sample_rate: float | None = None
+    losses: Tensor | None = None
     is_empty: bool = False
 
     @property

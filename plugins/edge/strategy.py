@@ -214,12 +214,26 @@ class EdgeStrategy(SingleDeviceStrategy):
                 "EdgeStrategy makes one round of every step, but LBFGS evaluates the loss several times a step. Use an "
                 "optimizer that evaluates it once."
             )
+        self._refuse_what_the_server_cannot_see()
         if self.uplink.promises_privacy:
             refuse_tuners(trainer, type(self.uplink).__name__)
         if getattr(self.precision_plugin, "scaler", None) is not None:
             raise MisconfigurationException(
                 "EdgeStrategy does not scale the devices' losses, so precision='16-mixed' would lose small gradients. "
                 "Use 'bf16-mixed' or '32-true'."
+            )
+
+    def _refuse_what_the_server_cannot_see(self) -> None:
+        uplink, aggregator = type(self.uplink).__name__, type(self.aggregator).__name__
+        if "rows" in self.aggregator.needs and self.uplink.superposes:
+            raise MisconfigurationException(
+                f"{aggregator} looks at each device's update, but {uplink} brings the server their sum. Use a digital uplink, "
+                "or WeightedMean."
+            )
+        if self.uplink.promises_privacy and (self.aggregator.needs or self.uplink.needs_losses):
+            raise MisconfigurationException(
+                f"{aggregator if self.aggregator.needs else uplink} looks at single devices' updates or losses, which the "
+                f"guarantee of {uplink} does not cover. Use WeightedMean."
             )
 
     @staticmethod
@@ -260,6 +274,7 @@ class EdgeStrategy(SingleDeviceStrategy):
             received_model = self.downlink(layout.flatten(dict(module.named_parameters())), plan)
         with self.precision_plugin.train_step_context():
             updates = worker(devices, args, received_model, plan)
+        plan = replace(plan, losses=updates.first_losses.detach())
         if self.uplink.promises_privacy and updates.buffers is not None and updates.buffers.changed():
             raise MisconfigurationException(
                 f"{type(module).__name__} changes buffers in its step (BatchNorm statistics), which reach the server "
@@ -276,7 +291,7 @@ class EdgeStrategy(SingleDeviceStrategy):
             else:
                 updates, plan, kept = self._only_finite(updates, plan)
             received = self._send(updates.rows, plan)
-            estimate = self.aggregator(received.rows, received.weights)
+            estimate = self.aggregator(received, plan)
             if not torch.isfinite(estimate.sum()) and not torch.isfinite(estimate).all():
                 raise NonFiniteUpdateError(
                     f"The server's estimate in round {plan.index} is not finite although every device's update was: "
@@ -286,8 +301,10 @@ class EdgeStrategy(SingleDeviceStrategy):
             loss = updates.losses @ plan.weights.to(updates.losses.dtype)
             if updates.buffers is not None and not plan.is_empty:
                 updates.buffers.write(kept, plan.weights)
+            if self.downlink.moves_server and received_model is not None:
+                self._take_over(received_model)
         downlink_cost = self.downlink.cost(layout.numel, plan)
-        metrics = dict(received.metrics)
+        metrics = {**self.downlink.metrics(plan), **received.metrics, **self.aggregator.metrics}
         if self.scheduler.sample_rate is not None and self.scheduler.sample_rate < 1:
             metrics["round/empty"] = float(plan.is_empty)
         if self.on_nonfinite == "drop":
@@ -341,7 +358,18 @@ class EdgeStrategy(SingleDeviceStrategy):
             sample_rate=sample_rate,
             is_empty=is_empty,
         )
+        reached = None if is_empty else self.downlink.choose(plan)
+        if reached is not None and len(reached) < len(batch):
+            batch, plan = batch.select(reached), replace(_part_of(plan, reached.tolist()), sample_rate=None)
         return batch, plan
+
+    def _take_over(self, model: Tensor) -> None:
+        """Go on from what the devices hold."""
+        assert self.lightning_module is not None
+        assert self.layout is not None
+        own = dict(self.lightning_module.named_parameters())
+        for name, value in self.layout.unflatten(model).items():
+            own[name].copy_(value)
 
     def _only_finite(self, updates: DeviceUpdates, plan: Round) -> tuple[DeviceUpdates, Round, list[int]]:
         finite = torch.isfinite(updates.rows.sum(dim=1))  # one pass: NaN and infinity survive a sum
@@ -362,10 +390,7 @@ class EdgeStrategy(SingleDeviceStrategy):
             )
         rank_zero_warn(f"{what}; on_nonfinite='drop' leaves it out of this round.")
         rows: list[int] = finite.nonzero().flatten().tolist()
-        weights = plan.weights[rows]
-        key = Key(seed=plan.key.seed, round=plan.key.round, devices=tuple(plan.devices[row] for row in rows))
-        fewer = replace(plan, key=key, weights=weights / weights.sum())
-        return updates.select(rows), fewer, rows
+        return updates.select(rows), _part_of(plan, rows), rows
 
     def _log(
         self,
@@ -458,6 +483,14 @@ class EdgeStrategy(SingleDeviceStrategy):
         self._worker.fell_back = state["fell_back"]
         self.ledger.load_state_dict(state["ledger"])
         self.parts.load_state_dict(state["parts"])
+
+
+def _part_of(plan: Round, rows: list[int]) -> Round:
+    """The round of some of its devices; their weights add up to one again."""
+    weights = plan.weights[rows]
+    key = Key(seed=plan.key.seed, round=plan.key.round, devices=tuple(plan.devices[row] for row in rows))
+    losses = None if plan.losses is None else plan.losses[rows]
+    return replace(plan, key=key, weights=weights / weights.sum(), losses=losses)
 
 
 class _GradientInjection(torch.autograd.Function):

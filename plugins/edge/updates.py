@@ -39,6 +39,7 @@ class DeviceUpdates:
     Args:
         rows: One update a device, shape ``(M, d)``; the memory is used again in the next round.
         losses: Mean loss of each device's local steps, shape ``(M,)``.
+        first_losses: That of the first of them, at the model that the device received.
         logged: Values the module logged, by name, one for each row in ``logged_rows``.
         logged_rows: For each name, the rows that logged it.
         log_options: The options the module passed to ``self.log``, by name.
@@ -49,6 +50,7 @@ class DeviceUpdates:
 
     rows: Tensor
     losses: Tensor
+    first_losses: Tensor
     logged: dict[str, Tensor] = field(default_factory=dict)
     logged_rows: dict[str, Tensor] = field(default_factory=dict)
     log_options: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -64,6 +66,7 @@ class DeviceUpdates:
             self,
             rows=self.rows[index],
             losses=self.losses[index],
+            first_losses=self.first_losses[index],
             extras=self._extras_of(rows, index),
             logged={},
             logged_rows={},
@@ -274,6 +277,7 @@ class DeviceWorker:
         return DeviceUpdates(
             rows=self._rows,
             losses=torch.stack([step[0] for step in outputs]).mean(dim=0),
+            first_losses=outputs[0][0],
             logged=logged,
             logged_rows=dict.fromkeys(logged, every),
             log_options=recorder.options,
@@ -310,7 +314,7 @@ class DeviceWorker:
         # Hooks on parameters are for the server's gradient, not for each device's: then compute at copies of them.
         hooked = any(p._backward_hooks for p in self._pl_module.parameters())
         unused = set(self.layout.names)
-        rows, losses, extras = [], [], []
+        rows, losses, first_losses, extras = [], [], [], []
         logged: dict[str, list[Tensor]] = {}
         logged_rows: dict[str, list[int]] = {}
         for m, device in enumerate(round.devices):
@@ -349,6 +353,7 @@ class DeviceWorker:
             update, outputs = self.local(gradient, model, size)
             rows.append(self.layout.flatten(update))
             losses.append(torch.stack([step[0] for step in outputs]).mean())
+            first_losses.append(outputs[0][0])
             for name, value in _mean_over_steps([step[1] for step in outputs]).items():
                 logged.setdefault(name, []).append(value)
                 logged_rows.setdefault(name, []).append(m)
@@ -357,6 +362,7 @@ class DeviceWorker:
         updates = DeviceUpdates(
             rows=rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows),
             losses=torch.stack(losses),
+            first_losses=torch.stack(first_losses),
             logged={name: torch.stack(values) for name, values in logged.items()},
             logged_rows={name: torch.tensor(index) for name, index in logged_rows.items()},
             log_options=recorder.options,

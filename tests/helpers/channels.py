@@ -25,12 +25,16 @@ def build_from_yaml(base: type, yaml: str) -> Any:
 
 
 class ChannelTester:
-    """What holds for every channel that superposes real symbols.
+    """What holds for every channel that superposes symbols.
 
-    A subclass sets ``yaml`` and writes ``make``; one whose channel has gains overrides ``noiseless``.
+    A subclass sets ``yaml`` and writes ``make``; one whose channel has gains overrides ``noiseless``, one of complex
+    symbols the dtypes.
     """
 
     yaml: str
+    single, double = torch.float32, torch.float64
+    refused = (torch.int64, torch.complex64, torch.bfloat16)
+    uses_per_symbol = 1
 
     def make(self, noise_var: float) -> Channel:
         raise NotImplementedError
@@ -43,33 +47,35 @@ class ChannelTester:
     def key(num_devices: int, seed: int = 0, round: int = 0, name: str = "") -> Key:
         return Key(seed=seed, round=round, devices=tuple(range(num_devices)), name=name)
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("precision", ["single", "double"])
     @pytest.mark.parametrize(("num_devices", "s"), [(1, 1), (1, 7), (25, 100), (3, 4097)])
-    def test_shape_dtype_and_input_untouched(self, num_devices: int, s: int, dtype: torch.dtype) -> None:
+    def test_shape_dtype_and_input_untouched(self, num_devices: int, s: int, precision: str) -> None:
+        dtype = getattr(self, precision)
         x = torch.randn(num_devices, s, dtype=dtype, generator=torch.Generator().manual_seed(1))
         before = x.clone()
         heard = self.make(noise_var=0.5)(x, self.key(num_devices))
         assert heard.symbols.shape == (s,)
         assert heard.symbols.dtype == dtype
-        assert heard.channel_uses == s
+        assert heard.channel_uses == s * self.uses_per_symbol
         assert heard.symbols.isfinite().all()
         assert torch.equal(x, before)
 
     def test_noiseless_channel_is_the_exact_sum(self) -> None:
-        x = torch.randn(25, 1000, generator=torch.Generator().manual_seed(2))
+        x = torch.randn(25, 1000, dtype=self.single, generator=torch.Generator().manual_seed(2))
         heard = self.make(noise_var=0.0)(x, self.key(25)).symbols
         assert torch.equal(heard, self.noiseless(x, self.key(25)))
         assert not torch.equal(heard, self.make(noise_var=1.0)(x, self.key(25)).symbols)
 
     def test_energy_is_what_each_device_sent(self) -> None:
-        x = torch.randn(6, 501, generator=torch.Generator().manual_seed(3)) * torch.logspace(-6, 6, 6)[:, None]
+        generator = torch.Generator().manual_seed(3)
+        x = torch.randn(6, 501, dtype=self.single, generator=generator) * torch.logspace(-6, 6, 6)[:, None]
         energy = self.make(noise_var=1.0)(x, self.key(6)).energy
-        expected = [math.fsum(float(v) ** 2 for v in row) for row in x.tolist()]  # exact summation
+        expected = [math.fsum(v.real**2 + v.imag**2 for v in row) for row in x.tolist()]  # exact summation
         assert energy.dtype == torch.float64
         np.testing.assert_allclose(energy.numpy(), expected, rtol=1e-13)
 
     def test_silent_devices_cost_nothing(self) -> None:
-        heard = self.make(noise_var=0.0)(torch.zeros(4, 9), self.key(4))
+        heard = self.make(noise_var=0.0)(torch.zeros(4, 9, dtype=self.single), self.key(4))
         assert not heard.symbols.any()
         assert not heard.energy.any()
 
@@ -77,33 +83,33 @@ class ChannelTester:
     @pytest.mark.parametrize("num_devices", [1, 25])
     def test_noise_variance_is_what_the_docstring_says(self, noise_var: float, num_devices: int) -> None:
         n = 100_000  # the noise is the receiver's: as much with 25 devices as with one
-        x = torch.zeros(num_devices, n, dtype=torch.float64)
+        x = torch.zeros(num_devices, n, dtype=self.double)
         noise = self.make(noise_var)(x, self.key(num_devices)).symbols
-        measured, standard_error = float(noise.square().mean()), math.sqrt(2 / n)
+        measured, standard_error = float(noise.abs().square().mean()), math.sqrt(2 / n)
         assert abs(measured - noise_var) < 5 * noise_var * standard_error
         assert abs(measured - noise_var / 2) > 5 * noise_var * standard_error  # per complex symbol, halved
         assert abs(measured - noise_var * 2) > 5 * noise_var * standard_error
-        assert abs(float(noise.mean())) < 5 * math.sqrt(noise_var / n)
-        assert abs(float((noise[1:] * noise[:-1]).mean())) < 5 * noise_var / math.sqrt(n)  # white
+        assert float(noise.mean().abs()) < 5 * math.sqrt(noise_var / n)
+        assert float((noise[1:] * noise[:-1].conj()).mean().abs()) < 5 * noise_var / math.sqrt(n)  # white
 
     def test_noise_does_not_depend_on_what_is_sent(self) -> None:
-        channel, x = self.make(noise_var=1.0), torch.randn(5, 300, dtype=torch.float64)
-        alone = channel(torch.zeros(1, 300, dtype=torch.float64), self.key(1)).symbols
+        channel, x = self.make(noise_var=1.0), torch.randn(5, 300, dtype=self.double)
+        alone = channel(torch.zeros(1, 300, dtype=self.double), self.key(1)).symbols
         together = channel(x, self.key(5)).symbols - self.noiseless(x, self.key(5))
         torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
 
     def test_order_of_devices_does_not_matter(self) -> None:
         generator = torch.Generator().manual_seed(4)
-        x = torch.randint(-9, 10, (7, 200), generator=generator).double()  # integers: the sum is exact in any order
+        x = torch.randint(-9, 10, (7, 200), generator=generator).to(self.double)
         order = torch.randperm(7, generator=generator)
         key, channel = self.key(7), self.make(noise_var=1.0)
         permuted = Key(seed=key.seed, round=key.round, devices=tuple(order.tolist()))
         straight, shuffled = channel(x, key), channel(x[order], permuted)
-        assert torch.equal(straight.symbols, shuffled.symbols)
+        torch.testing.assert_close(straight.symbols, shuffled.symbols, rtol=0, atol=1e-12)
         assert torch.equal(straight.energy[order], shuffled.energy)
 
     def test_key_decides_the_draw(self) -> None:
-        channel, x = self.make(noise_var=1.0), torch.ones(2, 50)
+        channel, x = self.make(noise_var=1.0), torch.ones(2, 50, dtype=self.single)
         first = channel(x, self.key(2)).symbols
         torch.randn(3)  # draws of others do not matter
         assert torch.equal(channel(x, self.key(2)).symbols, first)
@@ -116,7 +122,7 @@ class ChannelTester:
 
     def test_reads_nothing_back_to_the_host(self) -> None:
         with torch.device("meta"):  # there, every read of a value raises
-            x = torch.ones(3, 20)
+            x = torch.ones(3, 20, dtype=self.single)
         heard = self.make(noise_var=0.0)(x, self.key(3))
         assert heard.symbols.shape == (20,)
         assert heard.energy.shape == (3,)
@@ -131,14 +137,15 @@ class ChannelTester:
 
     def test_refuses_bad_symbols(self) -> None:
         channel = self.make(noise_var=1.0)
-        with pytest.raises(ValueError, match=r"shape \(M, s\).*got \(5,\)"):
-            channel(torch.zeros(5), self.key(1))
-        with pytest.raises(ValueError, match=r"s >= 1 channel uses, got \(2, 0\)"):
-            channel(torch.zeros(2, 0), self.key(2))
+        with pytest.raises(ValueError, match=r"shape \(M, [sn]\).*got \(5,\)"):
+            channel(torch.zeros(5, dtype=self.single), self.key(1))
+        with pytest.raises(ValueError, match=r"[sn] >= 1 channel uses, got \(2, 0\)"):
+            channel(torch.zeros(2, 0, dtype=self.single), self.key(2))
         with pytest.raises(ValueError, match="symbols of 3 devices, but the key names 2"):
-            channel(torch.zeros(3, 5), self.key(2))
-        for dtype in (torch.int64, torch.complex64, torch.bfloat16):
-            with pytest.raises(TypeError, match="float32 or float64, got torch"):
+            channel(torch.zeros(3, 5, dtype=self.single), self.key(2))
+        names = f"{self.single} or {self.double}, got torch".replace("torch.", "", 2)
+        for dtype in self.refused:
+            with pytest.raises(TypeError, match=names):
                 channel(torch.zeros(2, 5, dtype=dtype), self.key(2))
 
 

@@ -66,6 +66,8 @@ class ADSGD(Uplink):
         Over-the-Air", IEEE Trans. Signal Process. 68, 2020, Section IV. arXiv:1901.00844
     """
 
+    superposes = True
+
     def __init__(
         self,
         power: float | PowerSchedule = 500.0,

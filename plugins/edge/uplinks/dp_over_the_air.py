@@ -60,6 +60,8 @@ class DPOverTheAir(Uplink):
         >>> uplink = DPOverTheAir(clip_norm=1.0, target_epsilon=8.0, power=500.0)
     """
 
+    superposes = True
+
     def __init__(
         self,
         clip_norm: float,

@@ -29,7 +29,7 @@ from groundwire.callbacks.adversarial import (
     adversarial_training,
 )
 from groundwire.callbacks.logits import LogitsSource
-from groundwire.plugins.edge import Aggregator, EdgeStrategy, LocalSGD
+from groundwire.plugins.edge import Aggregator, EdgeStrategy, LocalSGD, Received, Round
 from groundwire.plugins.random import stream
 from helpers.callbacks import check_step_callback
 from helpers.edge import (
@@ -666,9 +666,9 @@ class Records(Aggregator):
         super().__init__()
         self.rows: list[Tensor] = []
 
-    def forward(self, rows: Tensor, weights: Tensor) -> Tensor:
-        self.rows.append(rows.clone())
-        return weights.to(rows.dtype) @ rows
+    def forward(self, received: Received, round: Round) -> Tensor:
+        self.rows.append(received.rows.clone())
+        return received.weights.to(received.rows.dtype) @ received.rows
 
 
 @pytest.mark.parametrize("start", ["clean", "uniform"])

@@ -27,6 +27,7 @@ from groundwire.plugins.edge import (
     LocalSGD,
     MajorityVote,
     NonFiniteUpdateError,
+    Received,
     Round,
     UniformSample,
 )
@@ -96,9 +97,9 @@ def test_gradients_of_devices_against_single_sample_backwards(vectorize: bool) -
     seen: list[Tensor] = []
 
     class Spy(Aggregator):
-        def forward(self, rows: Tensor, weights: Tensor) -> Tensor:
-            seen.append(rows.clone())
-            return weights @ rows
+        def forward(self, received: Received, round: Round) -> Tensor:
+            seen.append(received.rows.clone())
+            return received.weights @ received.rows
 
     module, data = Classifier(mlp()), loader()
     expected = []
@@ -760,9 +761,9 @@ def test_devices_draw_their_own_dropout() -> None:
     seen: list[Tensor] = []
 
     class Spy(Aggregator):
-        def forward(self, rows: Tensor, weights: Tensor) -> Tensor:
-            seen.append(rows.clone())
-            return weights @ rows
+        def forward(self, received: Received, round: Round) -> Tensor:
+            seen.append(received.rows.clone())
+            return received.weights @ received.rows
 
     x, y = next(iter(loader()))
     same = (x[:6].repeat(4, 1), y[:6].repeat(4))
@@ -784,8 +785,8 @@ def test_uniform_sample_draws_anew_every_round_and_by_seed() -> None:
 
 def test_an_estimate_that_is_not_finite_never_reaches_the_weights() -> None:
     class Overflows(Aggregator):
-        def forward(self, rows: Tensor, weights: Tensor) -> Tensor:
-            return rows[0] / 0
+        def forward(self, received: Received, round: Round) -> Tensor:
+            return received.rows[0] / 0
 
     module = Classifier(mlp())
     with pytest.raises(NonFiniteUpdateError, match=r"estimate in round 0 is not finite .* Overflows"):
