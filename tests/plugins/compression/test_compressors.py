@@ -27,7 +27,7 @@ from groundwire.plugins.compression import (
 )
 from groundwire.plugins.compression.base import log2_binomial
 from groundwire.plugins.compression.functional import d_dsgd_quantize, topk_indices, topk_mask
-from groundwire.plugins.edge import MajorityVote
+from groundwire.plugins.edge import Cost, MajorityVote, Received, Round
 from groundwire.plugins.random import Key, stream
 from helpers.compressors import check_compressor, key, mean_of_draws, rows, squared_errors
 
@@ -391,10 +391,14 @@ def test_log2_binomial_is_exact() -> None:
 
 def test_majority_vote_counts_weighted_signs() -> None:
     rows_ = torch.tensor([[1.0, -1, 1, 1], [1, -1, -1, -1], [-1, -1, -1, 5]])
-    vote = MajorityVote()
-    assert vote(rows_, torch.full((3,), 1 / 3)).tolist() == [1, -1, -1, 1]
-    assert vote(rows_, torch.tensor([0.6, 0.2, 0.2])).tolist() == [1, -1, 1, 1]
-    assert vote(rows_[:2], torch.tensor([0.5, 0.5])).tolist() == [1, -1, 0, 0]
+    for count, weights, expected in (
+        (3, [1 / 3] * 3, [1, -1, -1, 1]),
+        (3, [0.6, 0.2, 0.2], [1, -1, 1, 1]),
+        (2, [0.5, 0.5], [1, -1, 0, 0]),
+    ):
+        received = Received(rows=rows_[:count], weights=torch.tensor(weights), cost=Cost())
+        round = Round(index=0, num_rounds=None, key=key(count), weights=received.weights)
+        assert MajorityVote()(received, round).tolist() == expected
 
 
 def test_built_from_yaml() -> None:
