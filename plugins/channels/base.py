@@ -87,6 +87,19 @@ def check_symbols(x: Tensor, key: Key) -> None:
     """
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"Expected real symbols of dtype float32 or float64, got {x.dtype}; cast them before sending.")
+    check_one_row_a_device(x, key)
+
+
+def check_one_row_a_device(x: Tensor, key: Key) -> None:
+    """Refuse symbols of any dtype that are not a matrix with at least one column and a row for each device.
+
+    Args:
+        x: Symbols to send.
+        key: Names one device a row.
+
+    Raises:
+        ValueError: If they are not.
+    """
     if x.ndim != 2 or x.shape[1] == 0:
         raise ValueError(f"Expected symbols of shape (M, s) with s >= 1 channel uses, got {tuple(x.shape)}.")
     if x.shape[0] != len(key):

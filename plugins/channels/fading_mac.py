@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from groundwire.plugins.channels.base import Channel, Reception, check_noise_var
+from groundwire.plugins.channels.base import Channel, Reception, check_noise_var, check_one_row_a_device
 from groundwire.plugins.channels.fading import Fading, Rayleigh, scattered
 from groundwire.plugins.random import Key
 
@@ -144,7 +144,4 @@ def check_complex_symbols(x: Tensor, key: Key) -> None:
     """
     if x.dtype not in (torch.complex64, torch.complex128):
         raise TypeError(f"Expected symbols of dtype complex64 or complex128, got {x.dtype}: pack real vectors first.")
-    if x.ndim != 2 or x.shape[1] == 0:
-        raise ValueError(f"Expected symbols of shape (M, n) with n >= 1 channel uses, got {tuple(x.shape)}.")
-    if x.shape[0] != len(key):
-        raise ValueError(f"Got symbols of {x.shape[0]} devices, but the key names {len(key)} devices.")
+    check_one_row_a_device(x, key)

@@ -32,7 +32,7 @@ class CompressedDDPStrategy(DDPStrategy):
 
     What travels between the processes are the compressor's packed messages: values that add (RandK, PowerSGD, sketches)
     in an all-reduce, all others in an all-gather, after which every rank decodes the messages of all. The module's own
-    optimizer then steps on the mean, the same on every rank. It works on gloo (CPU) and NCCL.
+    optimizer then steps on the mean, the same on every rank. It is tested on gloo (CPU); NCCL has not been tried.
     :class:`groundwire.plugins.edge.Digital` with as many simulated devices as there are processes, the same settings and
     the same data gives the same model, up to the rounding of sums.
 
