@@ -152,10 +152,11 @@ class ResumableCheckpoint(Checkpoint):
             random.setstate((version, tuple(internal), gauss))
             if "cuda" in state and torch.cuda.is_available():
                 torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+        stops = trainer.strategy.reduce_boolean_decision(self.interrupted, all=False)  # any process
         step = trainer.global_step
-        if step != self._saved_step and (self.interrupted or step % self.every_n_steps == 0):
+        if step != self._saved_step and (stops or step % self.every_n_steps == 0):
             self._save(trainer)
-        if self.interrupted:
+        if stops:
             raise KeyboardInterrupt
 
     def _save(self, trainer: Trainer) -> None:

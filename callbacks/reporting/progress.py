@@ -78,7 +78,7 @@ def work_progress(trainer: Trainer, title: str) -> Iterator[ShowProgress]:
         To be called with what is being done, and the share of the work that is done.
     """
     bar = trainer.progress_bar_callback
-    if trainer.global_rank or not getattr(bar, "is_enabled", False):
+    if not trainer.is_global_zero or not getattr(bar, "is_enabled", False):
         yield lambda _, __: None
         return
     if isinstance(bar, RichProgressBar) and bar.progress is not None and bar.progress.live.is_started:

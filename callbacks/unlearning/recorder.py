@@ -277,7 +277,7 @@ class CurvatureRecorder(pl.Callback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_rank == 0:
+        if trainer.is_global_zero:
             pl_module.to(trainer.strategy.root_device)  # Lightning has moved it away
             self.record = self._recorded(trainer, pl_module)
         trainer.strategy.barrier()

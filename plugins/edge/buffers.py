@@ -22,11 +22,17 @@ class DeviceBuffers:
         ]
         self._server: list[Tensor] = [self._at(place) for place in self._owners]
         self._start = [buffer.clone() for buffer in self._server]
-        self._left: list[list[Tensor]] = []  # by device
+        self.left: list[list[Tensor]] = []  # by device
+
+    def add(self, left: list[Tensor] | None) -> None:
+        """Take over what a device left in another process; None for nothing else than it started from."""
+        self.left.append(
+            self._start if left is None else [b.to(s.device) for b, s in zip(left, self._start, strict=True)]
+        )
 
     def collect(self) -> None:
         """Take over what a device left, and put the server's buffers back for the next one."""
-        self._left.append([self._at(place).detach().clone() for place in self._owners])
+        self.left.append([self._at(place).detach().clone() for place in self._owners])
         for (owner, key), buffer, start in zip(self._owners, self._server, self._start, strict=True):
             buffer.copy_(start)
             owner._buffers[key] = buffer
@@ -35,7 +41,7 @@ class DeviceBuffers:
         """Whether a device left anything else than it started from."""
         return any(
             not torch.equal(buffer, start)
-            for left in self._left
+            for left in self.left
             for buffer, start in zip(left, self._start, strict=True)
         )
 
@@ -47,7 +53,7 @@ class DeviceBuffers:
             weights: Their weights, shape ``(len(rows),)``, summing to one.
         """
         for i, buffer in enumerate(self._server):
-            left = [self._left[row][i] for row in rows]
+            left = [self.left[row][i] for row in rows]
             if len(left) == 1:
                 buffer.copy_(left[0])
             elif buffer.is_floating_point():

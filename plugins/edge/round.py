@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -36,3 +36,10 @@ class Round:
     def devices(self) -> tuple[int, ...]:
         """Ids of the devices that take part, in the order of the rows."""
         return self.key.devices
+
+    def select(self, rows: list[int]) -> Round:
+        """The round of some of its devices, by their rows; their weights add up to one again."""
+        weights = self.weights[rows]
+        key = Key(seed=self.key.seed, round=self.key.round, devices=tuple(self.devices[row] for row in rows))
+        losses = None if self.losses is None else self.losses[rows]
+        return replace(self, key=key, weights=weights / weights.sum(), losses=losses)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -12,10 +12,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torchmetrics import Metric
 from typing_extensions import override
 
 from groundwire.plugins.edge.aggregator import Aggregator, WeightedMean
@@ -23,8 +23,10 @@ from groundwire.plugins.edge.batch import DeviceBatch
 from groundwire.plugins.edge.downlink import Downlink, PerfectDownlink
 from groundwire.plugins.edge.local import LocalGradient, LocalWork
 from groundwire.plugins.edge.logged import over_devices
+from groundwire.plugins.edge.processes import ReplicatedStrategy
 from groundwire.plugins.edge.round import Round
 from groundwire.plugins.edge.scheduler import AllDevices, Scheduler
+from groundwire.plugins.edge.spread import DeviceSpread
 from groundwire.plugins.edge.updates import DeviceUpdates, DeviceWorker
 from groundwire.plugins.edge.uplinks.base import Received, Uplink
 from groundwire.plugins.edge.uplinks.error_free import ErrorFree
@@ -46,7 +48,7 @@ _WHAT_IS_PUBLISHED = (
 _PRIVACY_QUERIES = 20  # of a privacy accountant, in a run
 
 
-class EdgeStrategy(SingleDeviceStrategy):
+class EdgeStrategy(ReplicatedStrategy):
     """Trains an unmodified LightningModule on simulated devices that share one server.
 
     Every training step is one round: each device computes an update with the module's own ``training_step`` on its
@@ -56,6 +58,12 @@ class EdgeStrategy(SingleDeviceStrategy):
     over the devices with the aggregation weights. What communication costs is in :attr:`ledger`, and logged as
     ``uplink/bits``, ``uplink/channel_uses``, ``uplink/energy`` and ``downlink/bits``, each for the round and as
     ``..._cumulative``, on the Trainer's logging steps.
+
+    With several processes (``Trainer(devices=4, num_nodes=2)``, started by Lightning, torchrun or SLURM), each works for
+    a block of the round's devices and gets the updates of all; the rest of the round, every process does alike. The run
+    equals that of one process: bit for bit where the devices work one after the other, and at once up to the rounding
+    of batched products and to numbers drawn inside the step. To modules and callbacks each looks like the only process
+    (``trainer.world_size`` is 1); validation runs on each, whole. gloo is tested; NCCL has not been tried.
 
     A batch is a :class:`DeviceBatch` (from ``groundwire.datamodules.Federated``) or any ordinary batch, which is split
     evenly over the devices; hooks that get the batch, such as ``on_after_batch_transfer``, get it whole. All state is
@@ -80,15 +88,15 @@ class EdgeStrategy(SingleDeviceStrategy):
             that device out of the round, logs ``round/dropped_devices``, and goes on.
         seed: Root seed of all draws (schedule, channel noise, quantisers); by default that of ``seed_everything``,
             else 0.
-        device: Where to run; by default what the Trainer's ``accelerator`` gives.
+        device: Where to run, in one process; by default what the Trainer's ``accelerator`` and ``devices`` give.
         accelerator: Filled in by the Trainer.
         checkpoint_io: Filled in by the Trainer.
         precision_plugin: Filled in by the Trainer.
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: At setup, for manual optimization, several optimizers, gradient accumulation,
-            several processes or 16-bit mixed precision with loss scaling.
+        MisconfigurationException: At setup, for manual optimization, several optimizers, gradient accumulation
+            or 16-bit mixed precision with loss scaling.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -119,7 +127,7 @@ class EdgeStrategy(SingleDeviceStrategy):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
-        super().__init__(device or "cpu", accelerator, checkpoint_io, precision_plugin)
+        super().__init__(device, accelerator, checkpoint_io, precision_plugin)
         if num_devices < 1:
             raise ValueError(f"`num_devices` must be at least 1, got {num_devices}.")
         if vectorize not in ("auto", True, False):
@@ -138,8 +146,7 @@ class EdgeStrategy(SingleDeviceStrategy):
         self.round_index = 0
         self.ledger = Ledger(num_devices)
         self.layout: ParameterLayout | None = None
-        self._worker: DeviceWorker | None = None
-        self._device_is_given = device is not None
+        self._worker: DeviceWorker | DeviceSpread | None = None
         self._to_restore: dict[str, Any] | None = None
         self._root_seed = 0
         self._is_fitting = False
@@ -161,21 +168,6 @@ class EdgeStrategy(SingleDeviceStrategy):
             }
         )
 
-    @property
-    def parallel_devices(self) -> list[torch.device]:
-        """The torch devices that the Trainer's ``accelerator`` and ``devices`` resolve to: exactly one."""
-        return [self._root_device] if self._device_is_given else []
-
-    @parallel_devices.setter
-    def parallel_devices(self, devices: list[torch.device | str | int]) -> None:
-        if len(devices) > 1:
-            raise MisconfigurationException(
-                f"EdgeStrategy simulates its devices in one process, but the Trainer has devices={len(devices)}. Set "
-                "Trainer(devices=1): `num_devices` counts simulated devices and is independent of it."
-            )
-        if devices:
-            self._root_device = torch.device(devices[0])
-
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         super().setup(trainer)
@@ -192,7 +184,8 @@ class EdgeStrategy(SingleDeviceStrategy):
         self.uplink.setup(layout=self.layout, num_devices=self.num_devices, seed=self._root_seed)
         self.downlink.setup(numel=self.layout.numel, num_devices=self.num_devices)
         self.parts.to(self.root_device)
-        self._worker = DeviceWorker(module, self.layout, self.local, self.vectorize)
+        worker = DeviceWorker(module, self.layout, self.local, self.vectorize)
+        self._worker = worker if self.num_ranks == 1 else DeviceSpread(worker, self.rank, self.num_ranks)
         if trainer.global_step == 0:
             self.round_index, self.ledger = 0, Ledger(self.num_devices)
         if to_restore is not None:
@@ -360,7 +353,7 @@ class EdgeStrategy(SingleDeviceStrategy):
         )
         reached = None if is_empty else self.downlink.choose(plan)
         if reached is not None and len(reached) < len(batch):
-            batch, plan = batch.select(reached), replace(_part_of(plan, reached.tolist()), sample_rate=None)
+            batch, plan = batch.select(reached), replace(plan.select(reached.tolist()), sample_rate=None)
         return batch, plan
 
     def _take_over(self, model: Tensor) -> None:
@@ -390,7 +383,7 @@ class EdgeStrategy(SingleDeviceStrategy):
             )
         rank_zero_warn(f"{what}; on_nonfinite='drop' leaves it out of this round.")
         rows: list[int] = finite.nonzero().flatten().tolist()
-        return updates.select(rows), _part_of(plan, rows), rows
+        return updates.select(rows), plan.select(rows), rows
 
     def _log(
         self,
@@ -406,6 +399,9 @@ class EdgeStrategy(SingleDeviceStrategy):
             options = {"batch_size": batch_size} | updates.log_options[name]
             weights = plan.weights[updates.logged_rows[name].to(plan.weights.device)]
             module.log(name, over_devices(values, weights, options.get("reduce_fx", "mean")), **options)
+        for name, path in updates.metrics.items():  # they have added up over the devices by themselves
+            metric = cast(Metric, module.get_submodule(path))
+            module.log(name, metric, **updates.log_options[name])
         entries: dict[str, Any] = self.ledger.add(uplink=uplink, downlink=downlink, devices=plan.devices)
         if not is_logging_step(module.trainer, plan.index, plan.num_rounds):
             return
@@ -483,14 +479,6 @@ class EdgeStrategy(SingleDeviceStrategy):
         self._worker.fell_back = state["fell_back"]
         self.ledger.load_state_dict(state["ledger"])
         self.parts.load_state_dict(state["parts"])
-
-
-def _part_of(plan: Round, rows: list[int]) -> Round:
-    """The round of some of its devices; their weights add up to one again."""
-    weights = plan.weights[rows]
-    key = Key(seed=plan.key.seed, round=plan.key.round, devices=tuple(plan.devices[row] for row in rows))
-    losses = None if plan.losses is None else plan.losses[rows]
-    return replace(plan, key=key, weights=weights / weights.sum(), losses=losses)
 
 
 class _GradientInjection(torch.autograd.Function):

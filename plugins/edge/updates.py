@@ -43,6 +43,7 @@ class DeviceUpdates:
         logged: Values the module logged, by name, one for each row in ``logged_rows``.
         logged_rows: For each name, the rows that logged it.
         log_options: The options the module passed to ``self.log``, by name.
+        metrics: Paths, in the module, of the torchmetrics objects that it logged, by the name it gave them.
         extras: What else ``training_step`` returned, with a leading device dimension.
         buffers: What the devices left in the module's buffers; not written yet.
         unused: Parameters that no device's loss depends on, as far as is known.
@@ -54,6 +55,7 @@ class DeviceUpdates:
     logged: dict[str, Tensor] = field(default_factory=dict)
     logged_rows: dict[str, Tensor] = field(default_factory=dict)
     log_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    metrics: dict[str, str] = field(default_factory=dict)
     extras: Any = None
     buffers: DeviceBuffers | None = None
     unused: frozenset[str] = frozenset()
@@ -148,7 +150,7 @@ class DeviceWorker:
         self.local = local
         self.vectorize = vectorize
         self.fell_back = False
-        self._pl_module = pl_module
+        self.pl_module = pl_module
         self._step = _StepModule(pl_module)
         self._metrics = [sub for sub in pl_module.modules() if isinstance(sub, Metric)]
         self._prefers_loop: bool | None = None
@@ -175,11 +177,11 @@ class DeviceWorker:
         Raises:
             MisconfigurationException: If ``vectorize=True`` and the module does not allow it.
         """
-        recorder = LogRecorder(self._pl_module)
+        recorder = LogRecorder(self.pl_module)
         with recorder.installed(), self._own_random_stream():
             if self._wants_vectorized(batch):
                 try:
-                    with nullcontext() if self._proven else _attributes_kept(self._pl_module):
+                    with nullcontext() if self._proven else _attributes_kept(self.pl_module):
                         updates = self._vectorized(batch, args, received, recorder, round)
                     self._proven = True
                     return updates
@@ -191,7 +193,7 @@ class DeviceWorker:
     def _wants_vectorized(self, batch: DeviceBatch) -> bool:
         if self.vectorize is False or self.fell_back:
             return False
-        obstacle = vectorization_obstacle(self._pl_module)
+        obstacle = vectorization_obstacle(self.pl_module)
         if obstacle is not None:
             self._give_up_vectorizing(obstacle)
             return False
@@ -200,7 +202,7 @@ class DeviceWorker:
         if self.vectorize is True:
             return True
         if self._prefers_loop is None:
-            self._prefers_loop = loop_is_faster(self._pl_module, self._pl_module.device)
+            self._prefers_loop = loop_is_faster(self.pl_module, self.pl_module.device)
             if self._prefers_loop:
                 rank_zero_info("EdgeStrategy runs the devices in a loop: faster for convolutions on a CPU.")
         return len(batch) > 1 and not self._prefers_loop
@@ -268,7 +270,7 @@ class DeviceWorker:
             grads, (loss, (logged, extras)) = run(params, leaves)
             return grads, (loss, logged, extras)
 
-        self._seed(round.key.seed_of("step"))
+        self._seed(round.key.seed_of("step", row=0))
         with self._metrics_refused():
             update, outputs = self.local(gradient, model, batch.batch_size)
         self._rows = self.layout.flatten(update, stacked=True, out=self._rows)
@@ -310,9 +312,9 @@ class DeviceWorker:
         self, batch: DeviceBatch, args: Sequence[Any], received: Tensor | None, recorder: LogRecorder, round: Round
     ) -> DeviceUpdates:
         own = self._own_parameters()
-        buffers = DeviceBuffers(self._pl_module)
+        buffers = DeviceBuffers(self.pl_module)
         # Hooks on parameters are for the server's gradient, not for each device's: then compute at copies of them.
-        hooked = any(p._backward_hooks for p in self._pl_module.parameters())
+        hooked = any(p._backward_hooks for p in self.pl_module.parameters())
         unused = set(self.layout.names)
         rows, losses, first_losses, extras = [], [], [], []
         logged: dict[str, list[Tensor]] = {}
@@ -328,8 +330,8 @@ class DeviceWorker:
                 if samples != slice(None):
                     part = apply_to_collection(data, Tensor, lambda leaf: leaf[samples])
                 if params is own and not hooked:
-                    leaves: list[Tensor] = [p for p in self._pl_module.parameters() if p.requires_grad]
-                    output = self._pl_module.training_step(part, *args)
+                    leaves: list[Tensor] = [p for p in self.pl_module.parameters() if p.requires_grad]
+                    output = self.pl_module.training_step(part, *args)
                 else:
                     given = {name: p.detach().requires_grad_() for name, p in params.items()}
                     leaves = list(given.values())
@@ -359,23 +361,30 @@ class DeviceWorker:
                 logged_rows.setdefault(name, []).append(m)
             extras.append(apply_to_collection(outputs[-1][2], Tensor, torch.Tensor.detach))
             buffers.collect()
-        updates = DeviceUpdates(
+        return DeviceUpdates(
             rows=rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows),
             losses=torch.stack(losses),
             first_losses=torch.stack(first_losses),
             logged={name: torch.stack(values) for name, values in logged.items()},
             logged_rows={name: torch.tensor(index) for name, index in logged_rows.items()},
             log_options=recorder.options,
+            metrics={name: self._path_of(metric) for name, metric in recorder.metrics.items()},
             extras=_stack_extras(extras),
             buffers=buffers,
             unused=frozenset(unused),
         )
-        for name, metric in recorder.metrics.items():  # they have added up over the devices by themselves
-            type(self._pl_module).log(self._pl_module, name, metric, **recorder.options.pop(name))
-        return updates
+
+    def _path_of(self, metric: Metric) -> str:
+        paths: list[str] = [path for path, sub in self.pl_module.named_modules() if sub is metric]
+        if not paths:
+            raise MisconfigurationException(
+                f"`training_step` logs the torchmetrics object {metric!r}, which is no attribute of "
+                f"{type(self.pl_module).__name__}. Assign it to `self` in `__init__`."
+            )
+        return paths[0]
 
     def _own_parameters(self) -> Params:
-        own = {name: p.detach() for name, p in self._pl_module.named_parameters() if p.requires_grad}
+        own = {name: p.detach() for name, p in self.pl_module.named_parameters() if p.requires_grad}
         if tuple(own) != self.layout.names:
             changed = sorted(set(own) ^ set(self.layout.names))
             raise MisconfigurationException(
@@ -455,6 +464,24 @@ def _stack_extras(extras: list[Any]) -> Any:
     if len({tuple(leaf.shape for leaf in device) for device in leaves}) > 1:
         return {"devices": extras}
     return _rebuild(extras[0], [torch.stack(group) for group in zip(*leaves, strict=True)])
+
+
+def join_extras(parts: list[tuple[int, Any]]) -> Any:
+    """The extras of several groups of devices as those of one.
+
+    Args:
+        parts: How many devices each group has, and its ``DeviceUpdates.extras``.
+
+    Returns:
+        One collection with a leading device dimension, or a list with one collection a device, as in a single group.
+    """
+    devices: list[Any] = []
+    for number, extras in parts:
+        by_device = extras.get("devices") if isinstance(extras, dict) else None
+        if not isinstance(by_device, list):
+            by_device = [apply_to_collection(extras, Tensor, lambda leaf, m=m: leaf[m]) for m in range(number)]
+        devices += by_device
+    return _stack_extras(devices)
 
 
 def _mean_over_steps(steps: list[dict[str, Tensor]]) -> dict[str, Tensor]:
