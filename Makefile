@@ -1,6 +1,6 @@
 # make demo       the main job on the embedded digits: five schemes, three seeds; prints where plot and table are
-# make study-first-light, study-compression, study-information, study-adversarial, study-privacy, study-unlearning     all figures of
-#                 that page under docs/: one, one and a half, two, two, two and three hours on one core; make study does all
+# make study-first-light, study-wireless, study-compression, study-information, study-adversarial, study-privacy, study-unlearning
+#                 all figures of that page under docs/: 1, 1.5, 1.5, 2, 2, 2 and 3 hours on one core; make study does all
 # make test       the tests, on two cores (TEST_JOBS=4 for more)           make test-slow   the long reproductions as well
 # make lint       ruff and mypy       make clean       remove the environments
 # Each sets up an environment of its own. Needed beforehand: Python 3.11 or later with venv and pip, and make.
@@ -13,6 +13,7 @@ FIRST_LIGHT := iid_500 by_label_500 iid_200 by_label_200 power bandwidth decoder
 COMPRESSION := compression_iid compression_dirichlet quantisers layers feedback optimizers
 INFORMATION := cmic ncmi_and_error students knockoffs
 ADVERSARIAL := adversarial fal
+WIRELESS := fading fading_by_label fading_power csi blind mimo lfl noisy_downlink downlink_selection update_aware fairness
 PRIVACY := dp_sgd device_privacy
 UNLEARNING := unlearning_lr_logistic unlearning_lr_random unlearning_lr_class unlearning_logistic unlearning_random \
 	unlearning_class unlearning_text
@@ -20,7 +21,7 @@ SOURCES := $(shell find plugins callbacks datamodules recipes src -name '*.py' -
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo study study-first-light study-compression study-information study-adversarial study-privacy study-unlearning test test-slow lint clean
+.PHONY: demo study study-first-light study-wireless study-compression study-information study-adversarial study-privacy study-unlearning test test-slow lint clean
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/groundwire compare --study docs/studies/demo.yaml --output runs/compare/demo
@@ -30,10 +31,13 @@ demo: $(DEMO_VENV)/.installed
 	@echo "plot:  runs/compare/demo/plot.png"
 	@echo "table: runs/compare/demo/table.md"
 
-study: study-first-light study-compression study-information study-adversarial study-privacy study-unlearning
+study: study-first-light study-wireless study-compression study-information study-adversarial study-privacy study-unlearning
 
 study-first-light: $(FIRST_LIGHT:%=study/%)
 	$(DEMO_VENV)/bin/python docs/studies/first_light.py
+
+study-wireless: $(WIRELESS:%=study/%)
+	$(DEMO_VENV)/bin/python docs/studies/wireless.py
 
 study-compression: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/pip install --quiet -c constraints.txt ".[entropy,text,optimizers]"

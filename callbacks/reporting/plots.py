@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from matplotlib.ticker import EngFormatter, PercentFormatter
 
 Array = npt.NDArray[np.float64]
 Curve = tuple[npt.ArrayLike, npt.ArrayLike]
+_TITLE_WIDTH = 72  # characters of a line above a plot of the usual size
 
 LABELS = {
     "round": "Round",
@@ -159,4 +161,4 @@ def _dress(ax: Axes, *, x: str, y: str, title: str | None, seeds: int) -> None:
     spread = f"mean ± std, {seeds} seeds" if seeds > 1 else None
     ax.legend(title=spread, title_fontsize="small")
     if title:
-        ax.set_title(title)
+        ax.set_title("\n".join(textwrap.wrap(title, _TITLE_WIDTH)))

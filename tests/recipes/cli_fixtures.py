@@ -18,7 +18,6 @@ from groundwire.recipes.catalog import Recipe, all_recipes
 
 RECIPES = [recipe for recipe in all_recipes() if not recipe.is_overlay]
 FEW = ("qsgd", "rqm", "cmic", "pgd_at", "mesgc", "dp_sgd", "random_labels")  # one of each family, with draws of its own
-every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 FAMILIES = {  # the overlay that needs no data to be there, and arguments for epochs of two steps, each of them logged
     "compression": ("digits", ["--data.rounds_per_epoch=2"]),
     "edge": ("digits", ["--data.rounds_per_epoch=2"]),

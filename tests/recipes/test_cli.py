@@ -19,7 +19,6 @@ from cli_fixtures import (
     OF_SEVERAL_PROCESSES,
     RECIPES,
     UNTRACKED,
-    every_recipe,
     forgets,
     groundwire,
     is_federated,
@@ -99,7 +98,7 @@ def test_check_says_in_one_line_what_is_wrong(groundwire: Run, workplace: Path, 
     assert not (workplace / "runs").exists()
 
 
-@every_recipe
+@one_of_each_family(RECIPES)
 def test_every_recipe_can_be_checked(groundwire: Run, workplace: Path, recipe: Recipe) -> None:
     """Also where the teacher that it needs is not there."""
     overlay, _ = overlay_of(recipe)

@@ -21,7 +21,6 @@ from cli_fixtures import (
     teacher,
     workplace,
 )
-from torch.multiprocessing import ProcessRaisedException
 
 from groundwire.callbacks.reporting import read_metrics
 from groundwire.plugins.optimizers import optimizer_state_bytes
@@ -36,14 +35,16 @@ every_recipe = pytest.mark.parametrize(
     "recipe", [recipe for recipe in RECIPES if recipe.name not in NO_STEPS], ids=lambda recipe: recipe.name
 )
 STUDIES = sorted((Path(__file__).parents[2] / "docs" / "studies").glob("*.yaml"))
-BREAKER = """\
+KEEPER = """\
+import shutil
+
 from lightning.pytorch import Callback
 
 
-class Break(Callback):
+class Keep(Callback):
     def on_before_optimizer_step(self, trainer, *args):
-        if trainer.global_step == 3:
-            raise RuntimeError("broken")
+        if trainer.global_step == 3 and trainer.is_global_zero:
+            shutil.copytree(trainer.default_root_dir, "part")
 """
 
 
@@ -98,17 +99,16 @@ def test_optimizer_recipes_train_minilm_with_the_state_that_they_say(
 def test_a_recipe_resumes_within_an_epoch(
     groundwire: Command, workplace: Path, monkeypatch: pytest.MonkeyPatch, short: Short, recipe: Recipe
 ) -> None:
-    """Broken after its checkpoint, which is from the middle of the second epoch."""
+    """From what a run that is killed in its fourth step leaves; its checkpoint is from the middle of the second epoch."""
     content = yaml.safe_load(recipe.path.read_text())
     (keeper,) = [one for one in content["trainer"]["callbacks"] if one["class_path"].endswith("ResumableCheckpoint")]
     keeper["init_args"] = {"every_n_steps": 3}
     (workplace / "recipe.yaml").write_text(yaml.safe_dump(content))
     words = ("fit", "--config", "recipe.yaml", *short(recipe), *UNTRACKED, "--trainer.max_steps", 4)
-    assert groundwire(*words, "--trainer.default_root_dir", "whole")[0] == 0
     monkeypatch.syspath_prepend(workplace)
-    (workplace / "breaker.py").write_text(BREAKER)
-    with pytest.raises((RuntimeError, ProcessRaisedException), match="broken"):
-        groundwire(*words, "--trainer.callbacks+=breaker.Break", "--trainer.default_root_dir", "part")
+    (workplace / "keeper.py").write_text(KEEPER)
+    assert groundwire(*words, "--trainer.callbacks+=keeper.Keep", "--trainer.default_root_dir", "whole")[0] == 0
+    assert len(Path("part", "metrics.csv").read_text()) < len(Path("whole", "metrics.csv").read_text())
     assert groundwire(*words, "--ckpt_path", "part")[0] == 0
     assert Path("part", "metrics.csv").read_text() == Path("whole", "metrics.csv").read_text()
 

@@ -22,13 +22,15 @@ class OpportunisticDigital(Uplink):
 
     A device that fills its sub-channels with water may send ``sum_i log2(1 + p_i |h_i|^2 / noise_var)`` bits. The device
     with the most is scheduled; as each is in one of ``M`` rounds on average, it spends ``M`` times the average energy. The
-    compressor takes the largest resolution that fits. When not even the smallest message fits, nobody sends. With :class:`DDSGDQuantizer` and ``error_feedback=True`` this is
-    D-DSGD over fading channels; with :class:`SignSGD` or :class:`QSGD`, the schemes that the paper compares it with.
+    compressor takes the largest resolution that fits. When not even the smallest message fits, nobody sends. With
+    :class:`DDSGDQuantizer` and ``error_feedback=True`` this is D-DSGD over fading channels; with :class:`SignSGD` or
+    :class:`QSGD`, the schemes that the paper compares it with.
 
-    The others' updates go into their error memories, or are lost where there are none. In the first case the server takes
-    the scheduled device's message times its weight, so that what is received adds up to the weighted sum of all updates but
-    for what the memories still hold; in the second ``M`` times that, the weighted mean on average over fading. (Under an
-    optimizer that normalises gradients, such as Adam, the factor makes no difference.) Devices and server know the gains.
+    The others' updates are lost, and the server takes the scheduled device's message ``M`` times its weight, the weighted
+    mean on average over fading. With ``accumulate_when_idle`` they go into the error memories, and the server takes the
+    message times the weight, so that what is received adds up to the weighted sum of all updates but for what the memories
+    still hold. (Under an optimizer that normalises gradients, such as Adam, the factor makes no difference.) Devices and
+    server know the gains.
 
     Args:
         compressor: A compressor that adapts to a budget of bits.
@@ -38,7 +40,7 @@ class OpportunisticDigital(Uplink):
         bandwidth: Real channel uses per parameter, ``s / d``; ``s / 2`` complex ones, rounded down.
         channel_uses: ``s`` itself, instead of ``bandwidth``.
         accumulate_when_idle: Whether devices that are not scheduled keep their updates in the error memory, if there is
-            one.
+            one. They are old when they are sent, which cost 16 points of accuracy where we measured it.
         boost: Whether the scheduled device spends ``M`` times the average energy. Not with path loss, which lets some
             devices send more often than others.
         average_power: If given, the schedule's average over the run may not exceed it.
@@ -63,7 +65,7 @@ class OpportunisticDigital(Uplink):
         channel: FadingMAC | None = None,
         bandwidth: float | None = None,
         channel_uses: int | None = None,
-        accumulate_when_idle: bool = True,
+        accumulate_when_idle: bool = False,
         boost: bool = True,
         average_power: float | None = None,
     ) -> None:
