@@ -13,7 +13,8 @@ FIRST_LIGHT := iid_500 by_label_500 iid_200 by_label_200 power bandwidth decoder
 COMPRESSION := compression_iid compression_dirichlet quantisers layers feedback optimizers
 INFORMATION := cmic ncmi_and_error students knockoffs
 ADVERSARIAL := adversarial fal
-WIRELESS := fading fading_by_label fading_power csi blind mimo lfl noisy_downlink downlink_selection update_aware fairness
+WIRELESS := fading fading_by_label fading_power csi blind mimo lfl noisy_downlink downlink_selection update_aware \
+	scheduled_devices fairness
 PRIVACY := dp_sgd device_privacy
 UNLEARNING := unlearning_lr_logistic unlearning_lr_random unlearning_lr_class unlearning_logistic unlearning_random \
 	unlearning_class unlearning_text

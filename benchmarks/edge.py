@@ -44,21 +44,21 @@ CASES: dict[str, dict[str, Any]] = {
 WARM_UP = 3
 
 
-def network(kind: str) -> nn.Module:
+def network(kind: str, hidden: int = 64) -> nn.Module:
     torch.manual_seed(0)
     if kind == "softmax":
         return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
     return nn.Sequential(
         nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(16, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(1568, 64), nn.ReLU(), nn.Linear(64, 10),
+        nn.Flatten(), nn.Linear(1568, hidden), nn.ReLU(), nn.Linear(hidden, 10),
     )  # fmt: skip
 
 
 class Module(pl.LightningModule):
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, hidden: int = 64) -> None:
         super().__init__()
-        self.network = network(kind)
+        self.network = network(kind, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network(x)
@@ -97,13 +97,17 @@ class Clock(pl.Callback):
             self.marks.append((time.perf_counter(), time.process_time()))
 
 
-def with_trainer(case: dict[str, Any], strategy: Any, batch: Any) -> tuple[float, float]:
-    clock, steps = Clock(), case["rounds"] + WARM_UP
+def fit(module: pl.LightningModule, strategy: Any, batch: Any, steps: int, *callbacks: Any, devices: int = 1) -> None:
     trainer = pl.Trainer(
-        strategy=strategy, accelerator="cpu", devices=1, max_steps=steps, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[clock],
+        strategy=strategy, accelerator="cpu", devices=devices, max_steps=steps, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks),
     )  # fmt: skip
-    trainer.fit(Module(case["model"]), Repeat(batch, steps))
+    trainer.fit(module, Repeat(batch, steps))
+
+
+def with_trainer(case: dict[str, Any], strategy: Any, batch: Any) -> tuple[float, float]:
+    clock = Clock()
+    fit(Module(case["model"]), strategy, batch, case["rounds"] + WARM_UP, clock)
     (wall0, cpu0), (wall1, cpu1) = clock.marks
     return wall1 - wall0, cpu1 - cpu0
 
@@ -157,10 +161,14 @@ def bound_step(kind: str, x: Tensor, y: Tensor) -> Callable[[nn.Module, torch.op
     return softmax if kind == "softmax" else general
 
 
-def measure(name: str, variant: str) -> dict[str, float]:
+def be_quiet_on_one_thread() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+def measure(name: str, variant: str) -> dict[str, float]:
+    be_quiet_on_one_thread()
     case = CASES[name]
     g = torch.Generator().manual_seed(1)
     x = torch.rand(case["devices"], case["batch"], 1, 28, 28, generator=g)

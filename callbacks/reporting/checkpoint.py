@@ -18,6 +18,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 _SUMS = ("value", "cumulated_batch_size")  # of a metric that is reduced over the epoch
+_ASK_EVERY = 8  # steps, whether Ctrl-C reached another process
 
 
 class ResumableCheckpoint(Checkpoint):
@@ -31,7 +32,7 @@ class ResumableCheckpoint(Checkpoint):
     epoch; those of ``groundwire.datamodules`` are. Files are replaced in one move.
 
     The first Ctrl-C waits for the end of the running step, saves, and then stops the fit; a second one stops at once
-    and leaves the last regular checkpoint. After an exception nothing is saved: the step may be half done.
+    and leaves the last regular checkpoint. Several processes agree every eighth step on whether it reached any. After an exception nothing is saved: the step may be half done.
 
     Args:
         dirpath: Folder of the checkpoint; ``<default_root_dir>/checkpoints`` where None.
@@ -152,12 +153,18 @@ class ResumableCheckpoint(Checkpoint):
             random.setstate((version, tuple(internal), gauss))
             if "cuda" in state and torch.cuda.is_available():
                 torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
-        stops = trainer.strategy.reduce_boolean_decision(self.interrupted, all=False)  # any process
         step = trainer.global_step
+        stops = self._stops(trainer, step)
         if step != self._saved_step and (stops or step % self.every_n_steps == 0):
             self._save(trainer)
         if stops:
             raise KeyboardInterrupt
+
+    def _stops(self, trainer: Trainer, step: int) -> bool:
+        """Whether Ctrl-C reached any process. Several ask each other now and then only, as on a GPU that takes its time."""
+        if getattr(trainer.strategy, "num_ranks", trainer.world_size) > 1 and step % _ASK_EVERY:
+            return False
+        return bool(trainer.strategy.reduce_boolean_decision(self.interrupted, all=False))
 
     def _save(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self.path(trainer))

@@ -17,15 +17,23 @@ from groundwire.callbacks.reporting import plot_fairness
 from groundwire.callbacks.reporting.plots import plot_curves
 
 TWO = {"fading": "IID", "fading_by_label": "two classes a device"}
-SINGLE = ("fading_power", "csi", "blind", "mimo", "lfl", "noisy_downlink", "downlink_selection", "update_aware")
+SINGLE = (
+    "fading_power",
+    "csi",
+    "blind",
+    "mimo",
+    "lfl",
+    "noisy_downlink",
+    "downlink_selection",
+    "update_aware",
+    "scheduled_devices",
+)
 STUDIES = (*TWO, *SINGLE, "fairness")
 PAIRS = {
     "update_aware": [
         ("BC-BN2, 20 candidates", "best channel (BC)"),
         ("BN2-C", "best channel (BC)"),
         ("BN2-C", "best norm (BN2)"),
-        ("BN2-C", "BN2-C, one device"),
-        ("BN2-C, IID", "BN2-C, one device, IID"),
     ],
     "fading": [("CA-DSGD", "D-DSGD"), ("CA-DSGD", "SignSGD"), ("CA-DSGD", "ESA-DSGD")],
     "fading_by_label": [("CA-DSGD", "D-DSGD"), ("CA-DSGD", "SignSGD"), ("CA-DSGD", "ESA-DSGD")],
@@ -47,8 +55,9 @@ def draw_fading(folder: Path) -> None:
             title=title,
             ax=ax,
         )
-    if (legend := panels[0].get_legend()) is not None:  # one is enough
-        legend.remove()
+    for ax in panels:
+        ax.get_legend().remove()
+    figure.legend(*panels[0].get_legend_handles_labels(), title="mean ± std, 3 seeds", loc="outside right center")
     figure.savefig(DOCS / "wireless_fading.png", dpi=130)
 
 

@@ -39,7 +39,6 @@ def combined_gains(
     uses: int,
     *,
     csi_error_var: float = 0.0,
-    chunk_size: int = 1,
     on: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """What each device's symbol is multiplied with when ``K`` antennas are combined by what is known of their sum gain.
@@ -47,7 +46,7 @@ def combined_gains(
     Antenna ``k`` hears ``y_k = sum_m h_(k,m) x_m + z_k``, and the server knows ``c_k = sum_m h_(k,m) + e_k`` with
     ``e_k ~ CN(0, csi_error_var)``. Combining, ``(1/K) sum_k conj(c_k) y_k = sum_m a_m x_m + z``, needs no more than
     ``a_m = (1/K) sum_k conj(c_k) h_(k,m)`` and the mean of ``|c_k|^2``, of which ``z`` has ``noise_var / K`` times the
-    variance. Takes O(K M uses) time, nearly all of it draws, and O(chunk_size M uses) memory.
+    variance. Takes O(K M uses) time, nearly all of it draws, and O(M uses) memory.
 
     Args:
         fading: Law of the gains, independent over antennas.
@@ -55,7 +54,6 @@ def combined_gains(
         num_antennas: Antennas ``K``.
         uses: Complex channel uses.
         csi_error_var: Variance of the error in what is known of each sum gain.
-        chunk_size: Antennas that are held at a time; changes nothing but rounding.
         on: Where to draw.
 
     Returns:
@@ -63,7 +61,7 @@ def combined_gains(
         column under block fading.
 
     Raises:
-        ValueError: If ``num_antennas`` or ``chunk_size`` is below 1.
+        ValueError: If ``num_antennas`` is below 1.
 
     Example:
         >>> from groundwire.plugins.channels import Rayleigh
@@ -72,21 +70,17 @@ def combined_gains(
         (torch.Size([3, 1]), True, 3)
     """
     check_antennas(num_antennas)
-    if chunk_size < 1:
-        raise ValueError(f"`chunk_size`, antennas held at a time, must be at least 1, got {chunk_size}.")
     columns = 1 if fading.block else uses
     gains = torch.zeros(len(key), columns, dtype=torch.complex64, device=on)
     power = torch.zeros(columns, device=on)
-    for start in range(0, num_antennas, chunk_size):
-        chunk = range(start, min(start + chunk_size, num_antennas))
-        h = torch.stack([fading.gains(key, uses, on=on, purpose=antenna("uplink/fading", k)) for k in chunk])
-        known = h.sum(1)
+    for k in range(num_antennas):
+        h = fading.gains(key, uses, on=on, purpose=antenna("uplink/fading", k))
+        known = h.sum(0)
         if csi_error_var:
-            error = [_noise(key, antenna("uplink/csi_error", k), (columns,), csi_error_var, on) for k in chunk]
-            known += torch.stack(error)
-        gains += torch.linalg.vecdot(known.unsqueeze(1), h, dim=0)
-        power += known.abs().square().sum(0)
-        del h  # before the next are drawn
+            known += _noise(key, antenna("uplink/csi_error", k), (columns,), csi_error_var, on)
+        gains += known.conj() * h
+        power += known.abs().square()
+        del h  # before the next is drawn
     return gains / num_antennas, power / num_antennas
 
 
@@ -313,8 +307,9 @@ class _Pursuit:
             goes_on = residual > (1 + self.slack) * expected + floor[running]
             overloaded[running] = goes_on
             basis = torch.cat([basis, row.unsqueeze(1)], dim=1)
+            stay = goes_on.nonzero().flatten()  # one look at the device instead of one a tensor
             running, left, now, unexplained, trace, chosen, basis = (
-                part[goes_on] for part in (running, left, now, unexplained, trace, chosen, basis)
+                part.index_select(0, stay) for part in (running, left, now, unexplained, trace, chosen, basis)
             )
         return symbols, sizes, overloaded
 

@@ -11,6 +11,7 @@ from groundwire.plugins.compression.error_feedback import ErrorFeedback, ErrorMe
 from groundwire.plugins.compression.fedzip import FedZip
 from groundwire.plugins.compression.identity import Identity
 from groundwire.plugins.compression.l_greco import LGreCo
+from groundwire.plugins.compression.largest_entries import LargestEntries
 from groundwire.plugins.compression.lfl_quantizer import LFLQuantizer
 from groundwire.plugins.compression.low_precision import LowPrecision
 from groundwire.plugins.compression.natural import NaturalCompression
@@ -50,6 +51,7 @@ __all__ = [
     "Identity",
     "LFLQuantizer",
     "LGreCo",
+    "LargestEntries",
     "LloydMax",
     "LowPrecision",
     "Message",

@@ -188,19 +188,19 @@ def best_resolution(row: Tensor, bits: float) -> tuple[int, int] | None:
     Returns:
         ``(num_levels, num_entries)``; None if nothing fits.
     """
-    numel = row.numel()
-    size = row.abs().double().sort(descending=True).values
-    unsent = torch.cat([size.square().flip(0).cumsum(0).flip(0), size.new_zeros(1)]).tolist()  # by entries sent
-    best, least = None, math.inf
+    options = []
     for levels in (1, 2, *(2**width - 1 for width in range(2, 17))):
-        entries = _entries_within(numel, bits, levels)
+        entries = _entries_within(row.numel(), bits, levels)
         if entries == 0:
             break  # finer ones cost more
-        step = float(size[0] - size[entries - 1]) / levels
-        lost = unsent[entries] + entries * step**2 / 6
-        if best is None or lost < least:
-            best, least = (levels, entries), lost
-    return best
+        options.append((levels, entries))
+    if not options:
+        return None
+    intervals, counts = torch.tensor(options, device=row.device).unbind(1)
+    size = row.abs().sort(descending=True).values.double()
+    unsent = torch.cat([size.square().flip(0).cumsum(0).flip(0), size.new_zeros(1)])  # by entries sent
+    steps = (size[0] - size[counts - 1]) / intervals
+    return options[int((unsent[counts] + counts * steps.square() / 6).argmin())]
 
 
 def _bits(numel: int, entries: int, levels: int) -> float:

@@ -15,6 +15,8 @@ from groundwire.plugins.edge.fairness import adafed_coefficients, minimum_norm_w
 from groundwire.plugins.edge.round import Round
 from groundwire.plugins.edge.uplinks.base import Received
 
+_COLUMNS = 1 << 16  # that are converted at a time
+
 
 class AdaFed(Aggregator):
     """A direction along which every device's loss falls, and the larger ones fall faster.
@@ -100,8 +102,7 @@ class AdaFed(Aggregator):
         kept = gram.diagonal() > 0
         self._metrics = {"adafed/fallback": 0.0, "adafed/least_slope": 0.0}
         if not bool(kept.all()) and not round.is_empty:
-            still = [device for device, moves in zip(round.devices, kept.tolist(), strict=True) if not moves]
-            rank_zero_warn(f"AdaFed leaves out devices whose update is zero, in round {round.index}: {still}.")
+            rank_zero_warn("AdaFed leaves out devices whose update is zero.")
         if not bool((rates * kept > 0).any()):
             return torch.zeros_like(rows[0])
         coefficients = torch.zeros_like(rates)
@@ -109,7 +110,7 @@ class AdaFed(Aggregator):
         if self.rescale == "mean_norm":
             weights = received.weights.to(gram)
             coefficients = coefficients * (_norm(weights, gram) / _norm(coefficients, gram).clamp_min(1e-300))
-        return coefficients.to(rows.dtype) @ rows
+        return _combined(coefficients, rows)
 
     def _coefficients(self, gram: Tensor, rates: Tensor) -> Tensor:
         found = adafed_coefficients(gram, rates, self.ridge)
@@ -126,7 +127,8 @@ class QFFL(Aggregator):
     """q-FedAvg: devices of larger loss count for more, and the step is as long as the losses' curvature allows.
 
     With ``q = 0`` it is the weighted mean. Use it with ``LocalSGD`` of the same ``lr``, and an SGD of rate 1 as the
-    module's own optimizer; one local step (``num_steps=1``) is q-FedSGD. The losses are those of the round's batches.
+    module's own optimizer; one local step (``num_steps=1``) is q-FedSGD. The losses are those of the round's batches (with
+    several local steps: of the samples of the first).
 
     Args:
         q: How much larger losses count for more, ``>= 0``.
@@ -215,3 +217,9 @@ def _refuse_negative(losses: Tensor, round: Round, who: str) -> None:
 def _norm(coefficients: Tensor, gram: Tensor) -> Tensor:
     """``|sum_k coefficient_k g_k|``."""
     return (coefficients @ gram @ coefficients).clamp_min(0).sqrt()
+
+
+def _combined(coefficients: Tensor, rows: Tensor) -> Tensor:
+    """The sum of rows, in double precision: those of nearly equal devices cancel."""
+    columns = torch.split(rows, _COLUMNS, dim=1)
+    return torch.cat([coefficients @ part.to(coefficients) for part in columns]).to(rows.dtype)

@@ -20,7 +20,8 @@ class Round:
         weights: Weight of each of those devices in the aggregate, shape ``(M,)``, summing to one.
         sample_rate: Probability with which every device of the population takes part, if each does by a coin of its
             own; None where devices are chosen in another way.
-        losses: Loss of each of those devices on its data at the model it received, shape ``(M,)``; None before local work.
+        losses: Loss of each of those devices at the model it received, on its data of the round (of the first local step,
+            where there are several), shape ``(M,)``; None before local work.
         is_empty: Whether nobody takes part: the only row is of zeros, and is not sent.
     """
 

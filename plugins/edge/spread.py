@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from groundwire.plugins.edge.batch import DeviceBatch
@@ -23,12 +23,14 @@ class _Block:
     """What a rank has to say of its devices; their rows travel beside."""
 
     num_rows: int
-    batch: tuple[float, ...]  # something of it, to compare
+    batch: tuple[str, ...]  # sums of some of it, to compare; as text, in which NaN equals NaN
     error: str | None = None
     updates: DeviceUpdates | None = None  # without rows and buffers
     buffers: list[list[Tensor]] | None = None  # which its devices left
     fell_back: bool = False
-    metrics: frozenset[str] = frozenset()  # torchmetrics objects that have seen its devices
+    metrics: dict[str, Any] = field(
+        default_factory=dict
+    )  # torchmetrics objects that saw its devices: their last values
 
 
 class DeviceSpread:
@@ -77,13 +79,14 @@ class DeviceSpread:
         longest = -(-len(batch) // self.num_ranks)
         start, stop = (min(rank * longest, len(batch)) for rank in (self.rank, self.rank + 1))
         rows = list(range(start, stop))
-        own = _Block(len(rows), tuple(float(leaf[0].sum(dtype=torch.float64)) for leaf in batch.leaves()))
-        counts = self._metric_counts()
+        own = _Block(len(rows), tuple(_sum(leaf[row]) for leaf in batch.leaves() for row in (0, -1)))
+        at_once = self.worker.wants_vectorized(batch)  # of the whole: its parts may look different
+        counts = {path: metric.update_count for path, metric in self._metrics()}
         found: DeviceUpdates | None = None
         try:
             if rows:
                 held = received[start:stop] if received is not None and received.ndim == 2 else received
-                found = self.worker(batch.select(torch.tensor(rows)), args, held, round.select(rows))
+                found = self.worker(batch.select(torch.tensor(rows)), args, held, round.select(rows), at_once=at_once)
         except Exception as error:
             own.error = f"{type(error).__name__}: {error}"
             self._exchange(own)
@@ -91,11 +94,16 @@ class DeviceSpread:
         if found is not None:
             own.updates = _on(torch.device("cpu"), replace(found, rows=torch.empty(0), buffers=None))
             own.buffers = None if found.buffers is None else found.buffers.left
-            own.metrics = frozenset(path for path, count in self._metric_counts().items() if count != counts[path])
+            own.metrics = {
+                path: apply_to_collection(metric._forward_cache, Tensor, lambda value: value.cpu())
+                for path, metric in self._metrics()
+                if metric.update_count != counts[path]
+            }
         own.fell_back = self.fell_back
         blocks = self._exchange(own)
         self.fell_back = any(block.fell_back for block in blocks)
-        self._add_up_over_ranks(frozenset().union(*(block.metrics for block in blocks)))
+        for block in blocks:
+            self._add_up_over_ranks(block.metrics)
         joined = _joined([block for block in blocks if block.updates is not None])
         return replace(
             _on(self._module.device, joined),
@@ -139,18 +147,25 @@ class DeviceSpread:
                 buffers.add(None if block.buffers is None else block.buffers[m])
         return buffers
 
-    def _metric_counts(self) -> dict[str, int]:
-        named = self._module.named_modules()
-        return {path: metric.update_count for path, metric in named if isinstance(metric, Metric)}
+    def _metrics(self) -> list[tuple[str, Metric]]:
+        return [(path, sub) for path, sub in self._module.named_modules() if isinstance(sub, Metric)]
 
-    def _add_up_over_ranks(self, paths: frozenset[str]) -> None:
-        """Let metrics of the training step, which have seen this rank's devices only, join when they are computed."""
-        for path in paths:
+    def _add_up_over_ranks(self, metrics: dict[str, Any]) -> None:
+        """Let metrics of the training step, which have seen this rank's devices only, join when they are computed.
+
+        What they logged in the step is the value of the last device, on whatever rank that is.
+        """
+        for path, last in metrics.items():
+            metric = self._module.get_submodule(path)
+            metric._forward_cache = apply_to_collection(last, Tensor, lambda value: value.to(self._module.device))
             parent = self._module.get_submodule(path.rpartition(".")[0])
-            owner: nn.Module = parent if isinstance(parent, MetricCollection) else self._module.get_submodule(path)
-            for metric in owner.modules():
-                if isinstance(metric, Metric):
-                    metric.sync_on_compute = metric._to_sync = True
+            for sub in (parent if isinstance(parent, MetricCollection) else metric).modules():
+                if isinstance(sub, Metric):
+                    sub.sync_on_compute = sub._to_sync = True
+
+
+def _sum(block: Tensor) -> str:
+    return float(block.sum(dtype=torch.float64)).hex()
 
 
 def _joined(blocks: list[_Block]) -> DeviceUpdates:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -59,11 +62,14 @@ class EdgeStrategy(ReplicatedStrategy):
     ``uplink/bits``, ``uplink/channel_uses``, ``uplink/energy`` and ``downlink/bits``, each for the round and as
     ``..._cumulative``, on the Trainer's logging steps.
 
-    With several processes (``Trainer(devices=4, num_nodes=2)``, started by Lightning, torchrun or SLURM), each works for
-    a block of the round's devices and gets the updates of all; the rest of the round, every process does alike. The run
+    A round that nobody takes part in is skipped: nothing is sent or logged but ``round/empty``, and the optimizer gets no
+    gradients (from a private uplink it gets the noise).
+
+    With several processes (``Trainer(devices=4, num_nodes=2)``, started by Lightning or torchrun), each works for a block of the round's devices and gets the updates of all; the rest of the round, every process does alike. The run
     equals that of one process: bit for bit where the devices work one after the other, and at once up to the rounding
     of batched products and to numbers drawn inside the step. To modules and callbacks each looks like the only process
-    (``trainer.world_size`` is 1); validation runs on each, whole. gloo is tested; NCCL has not been tried.
+    (``trainer.world_size`` is 1); validation runs on each, whole. Tested with gloo; NCCL and SLURM
+    have not been tried.
 
     A batch is a :class:`DeviceBatch` (from ``groundwire.datamodules.Federated``) or any ordinary batch, which is split
     evenly over the devices; hooks that get the batch, such as ``on_after_batch_transfer``, get it whole. All state is
@@ -265,7 +271,7 @@ class EdgeStrategy(ReplicatedStrategy):
         received_model = None
         if not self.downlink.exact:
             received_model = self.downlink(layout.flatten(dict(module.named_parameters())), plan)
-        with self.precision_plugin.train_step_context():
+        with self.precision_plugin.train_step_context(), _metrics_kept(module) if plan.is_empty else nullcontext():
             updates = worker(devices, args, received_model, plan)
         plan = replace(plan, losses=updates.first_losses.detach())
         if self.uplink.promises_privacy and updates.buffers is not None and updates.buffers.changed():
@@ -296,9 +302,9 @@ class EdgeStrategy(ReplicatedStrategy):
                 updates.buffers.write(kept, plan.weights)
             if self.downlink.moves_server and received_model is not None:
                 self._take_over(received_model)
-        downlink_cost = self.downlink.cost(layout.numel, plan)
+        downlink_cost = Cost() if plan.is_empty else self.downlink.cost(layout.numel, plan)
         metrics = {**self.downlink.metrics(plan), **received.metrics, **self.aggregator.metrics}
-        if self.scheduler.sample_rate is not None and self.scheduler.sample_rate < 1:
+        if plan.is_empty or (self.scheduler.sample_rate is not None and self.scheduler.sample_rate < 1):
             metrics["round/empty"] = float(plan.is_empty)
         if self.on_nonfinite == "drop":
             metrics["round/dropped_devices"] = len(devices) - len(plan.devices)
@@ -309,8 +315,9 @@ class EdgeStrategy(ReplicatedStrategy):
         if self.uplink.is_spent(plan.num_rounds):
             module.trainer.should_stop = True
 
+        is_skipped = plan.is_empty and not self.uplink.promises_privacy  # then the optimizer has nothing to do
         gradients = tuple(
-            None if name in updates.unused and not bool(gradient.any()) else gradient
+            None if is_skipped or (name in updates.unused and not bool(gradient.any())) else gradient
             for name, gradient in layout.unflatten(estimate).items()
         )
         trainable = (p for p in module.parameters() if p.requires_grad)
@@ -395,11 +402,13 @@ class EdgeStrategy(ReplicatedStrategy):
         downlink: Cost,
         batch_size: int,
     ) -> None:
-        for name, values in updates.logged.items():
+        for name, values in () if plan.is_empty else updates.logged.items():
             options = {"batch_size": batch_size} | updates.log_options[name]
             weights = plan.weights[updates.logged_rows[name].to(plan.weights.device)]
             module.log(name, over_devices(values, weights, options.get("reduce_fx", "mean")), **options)
-        for name, path in updates.metrics.items():  # they have added up over the devices by themselves
+        for name, path in (
+            () if plan.is_empty else updates.metrics.items()
+        ):  # they have added up over the devices by themselves
             metric = cast(Metric, module.get_submodule(path))
             module.log(name, metric, **updates.log_options[name])
         entries: dict[str, Any] = self.ledger.add(uplink=uplink, downlink=downlink, devices=plan.devices)
@@ -479,6 +488,18 @@ class EdgeStrategy(ReplicatedStrategy):
         self._worker.fell_back = state["fell_back"]
         self.ledger.load_state_dict(state["ledger"])
         self.parts.load_state_dict(state["parts"])
+
+
+@contextmanager
+def _metrics_kept(module: nn.Module) -> Iterator[None]:
+    """Let torchmetrics objects forget what they see meanwhile."""
+    metrics = [sub for sub in module.modules() if isinstance(sub, Metric)]
+    names = ("_update_count", "_computed", "_forward_cache")
+    kept = [{name: copy.deepcopy(getattr(metric, name)) for name in (*metric._defaults, *names)} for metric in metrics]
+    yield
+    for metric, state in zip(metrics, kept, strict=True):
+        for name, value in state.items():
+            setattr(metric, name, value)
 
 
 class _GradientInjection(torch.autograd.Function):

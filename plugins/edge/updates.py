@@ -162,7 +162,15 @@ class DeviceWorker:
         if device.type == "cuda":
             self._streams.append(torch.cuda.default_generators[device.index or 0])
 
-    def __call__(self, batch: DeviceBatch, args: Sequence[Any], received: Tensor | None, round: Round) -> DeviceUpdates:
+    def __call__(
+        self,
+        batch: DeviceBatch,
+        args: Sequence[Any],
+        received: Tensor | None,
+        round: Round,
+        *,
+        at_once: bool | None = None,
+    ) -> DeviceUpdates:
         """Run the round's local work.
 
         Args:
@@ -170,6 +178,7 @@ class DeviceWorker:
             args: The further arguments of ``training_step``.
             received: The model that the devices hold, ``(d,)`` or ``(M, d)``; None for the module's own parameters.
             round: The round.
+            at_once: What :meth:`wants_vectorized` said, where the batch is a part of the round's.
 
         Returns:
             The updates and what the steps returned and logged.
@@ -179,7 +188,7 @@ class DeviceWorker:
         """
         recorder = LogRecorder(self.pl_module)
         with recorder.installed(), self._own_random_stream():
-            if self._wants_vectorized(batch):
+            if self.wants_vectorized(batch) if at_once is None else at_once:
                 try:
                     with nullcontext() if self._proven else _attributes_kept(self.pl_module):
                         updates = self._vectorized(batch, args, received, recorder, round)
@@ -190,7 +199,8 @@ class DeviceWorker:
                     recorder.reset()
             return self._loop(batch, args, received, recorder, round)
 
-    def _wants_vectorized(self, batch: DeviceBatch) -> bool:
+    def wants_vectorized(self, batch: DeviceBatch) -> bool:
+        """Whether a round with this batch runs all devices at once, if the module allows it."""
         if self.vectorize is False or self.fell_back:
             return False
         obstacle = vectorization_obstacle(self.pl_module)

@@ -51,7 +51,7 @@ def test_the_papers_order(partition: Literal["iid", "by_label"], rounds: int) ->
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:In round")
+@pytest.mark.filterwarnings("ignore:There are rounds")
 def test_at_low_power_digital_is_silent_and_analog_learns() -> None:
     assert accuracy("d_dsgd", "iid", power=50.0) <= 0.15
     assert accuracy("a_dsgd", "iid", power=50.0) >= 0.65

@@ -108,6 +108,11 @@ def test_a_recipe_resumes_within_an_epoch(
     monkeypatch.syspath_prepend(workplace)
     (workplace / "keeper.py").write_text(KEEPER)
     assert groundwire(*words, "--trainer.callbacks+=keeper.Keep", "--trainer.default_root_dir", "whole")[0] == 0
+    rows = read_metrics(Path("whole", "metrics.csv"))
+    if any("uplink/bits" in row for row in rows):
+        assert any(row.get("uplink/bits", 0) or row.get("uplink/energy", 0) for row in rows), (
+            "nobody ever sent anything"
+        )
     assert len(Path("part", "metrics.csv").read_text()) < len(Path("whole", "metrics.csv").read_text())
     assert groundwire(*words, "--ckpt_path", "part")[0] == 0
     assert Path("part", "metrics.csv").read_text() == Path("whole", "metrics.csv").read_text()

@@ -24,8 +24,9 @@ class DigitalDownlink(Downlink):
 
     What is quantised is the difference between the server's model and the estimate that all devices share, those that do
     not take part as well; what is not sent stays in it. Levels and entries are those, within the rate, that are expected
-    to lose least. The rate bounds ideal bits; packed into bytes, a message may take more, and is booked so. The devices
-    begin with the model of the first round, which a shared seed gives them.
+    to lose least. The rate bounds ideal bits, those that a coder of positions and levels would need; the packed message
+    takes up to about twice as many, and is booked so (``downlink/bits``, beside ``downlink/bits_ideal``). The devices begin
+    with the model of the first round, which a shared seed gives them.
 
     Args:
         power: Energy of the server in one round (not per symbol), or a schedule of it.
@@ -82,8 +83,8 @@ class DigitalDownlink(Downlink):
         step = send_within(budget, model, held, server_key(round))
         if step.is_silent:
             rank_zero_warn(
-                f"In round {round.index} the weakest device can be sent {budget:.1f} bits, less than the smallest message: "
-                "the server sends nothing. Raise the power or the bandwidth."
+                "There are rounds in which the server sends nothing (`downlink/silent`): the weakest device can be sent fewer "
+                "bits than the smallest message takes. Raise the power or the bandwidth."
             )
         held.copy_(step.held)
         self._cost = digital_cost([step], self._uses, power)

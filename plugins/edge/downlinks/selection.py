@@ -27,9 +27,9 @@ class DownlinkSelection(Downlink):
     What is quantised for a device is the difference between the server's model and what that device holds, which is as
     old as the last round in which it took part. Levels and entries are those, within its rate, that are expected to lose
     least. The fewer devices, the better their models, and the less data they have. All begin with the model of the first
-    round, which a shared seed gives them.
+    round, which a shared seed gives them. Bits are booked as by :class:`DigitalDownlink`.
 
-    It chooses among the devices that the scheduler lets in, by default all.
+    It chooses among the devices that the scheduler lets in, by default all; where there are fewer, all take part.
 
     Args:
         num_selected: Devices that take part in a round, ``K``.
@@ -116,17 +116,8 @@ class DownlinkSelection(Downlink):
             round: The round, of the devices to choose from.
 
         Returns:
-            ``num_selected`` rows, ascending.
-
-        Raises:
-            ValueError: If there are fewer devices.
+            ``num_selected`` rows, ascending; all if there are fewer.
         """
-        count = len(round.devices)
-        if self.num_selected > count:
-            raise ValueError(
-                f"`num_selected` is {self.num_selected}, but only {count} devices are there in round {round.index}. Lower "
-                "it, or let more devices take part."
-            )
         bits = self.channel.bits(round.key, self._uses, self.power.of(round))
         first = torch.tensor(round.devices)
         if self.tie_break == "random":
@@ -161,8 +152,8 @@ class DownlinkSelection(Downlink):
             steps.append(step)
         if any(step.is_silent for step in steps):
             rank_zero_warn(
-                f"In round {round.index} the weakest of the chosen devices can be sent {float(budgets.min()):.1f} bits, less "
-                "than the smallest message: it is sent nothing. Raise the power or the bandwidth, or lower `num_selected`."
+                "Devices are chosen that can be sent fewer bits than the smallest message takes, and are sent nothing "
+                "(`downlink/silent`). Raise the power or the bandwidth, or lower `num_selected`."
             )
         self._cost = digital_cost(steps, self._uses, power, shares)
         self._metrics = {"downlink/bit_budget": budgets.mean(), **metrics_of(steps)}

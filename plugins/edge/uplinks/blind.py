@@ -23,14 +23,15 @@ class BlindTransmitters(Uplink):
 
     Each device sends its whole update, two numbers in each complex symbol, times one factor ``alpha`` for all devices. The
     server combines its antennas with the conjugate of the sum of the devices' gains, for which one common pilot an antenna
-    is enough. The estimate is the weighted mean of the updates plus an error whose energy falls as ``1 / K``: without
-    noise it is ``D / K`` of the mean's energy, where ``D``, logged as ``uplink/diversity``, is the devices' mean energy over
+    is enough. The estimate is the weighted mean of the updates plus an error whose energy falls as ``1 / K``: under
+    Rayleigh fading, without noise, it is ``D / K`` of the mean's energy, where ``D``, logged as ``uplink/diversity``, is the devices' mean energy over
     that of their mean: about 1 for alike updates, up to ``M`` for orthogonal ones. So it takes more antennas than devices
     where devices differ.
 
-    With path loss, devices that are nearer weigh more, as nobody tells them: by their mean ``|h|^2``.
+    With path loss, devices that are nearer weigh more, as nobody tells them: by their mean ``|h|^2``. More antennas do not
+    remove this bias, which ``uplink/nmse`` counts.
 
-    A round takes O(K M d) time, nearly all of it draws of gains, and O(chunk_size M d) memory; under block fading O(K M +
+    A round takes O(K M d) time, nearly all of it draws of gains, and O(M d) memory; under block fading O(K M +
     M d) time; with ``gaussian_approx`` O(M d) of both. On one CPU core some 7 ns for each of the ``K M d`` real gains: 0.1 s
     a round for 100 antennas, 20 devices and 7,850 parameters.
 
@@ -45,7 +46,6 @@ class BlindTransmitters(Uplink):
         subchannels: Complex sub-channels of one OFDM symbol; a round takes whole OFDM symbols. By default ``ceil(d / 2)``.
         gaussian_approx: Draw the estimate's error as a normal number of its exact mean, variance and pseudo-variance,
             instead of ``K M d / 2`` gains: for many antennas. Rayleigh fading without blocks only.
-        chunk_size: Antennas whose gains are held at a time; changes nothing but rounding.
         average_power: If given, the schedule's average over the run may not exceed it.
 
     Raises:
@@ -72,7 +72,6 @@ class BlindTransmitters(Uplink):
         csi_error_var: float = 0.0,
         subchannels: int | None = None,
         gaussian_approx: bool = False,
-        chunk_size: int = 1,
         average_power: float | None = None,
     ) -> None:
         super().__init__()
@@ -92,8 +91,6 @@ class BlindTransmitters(Uplink):
             )
         if subchannels is not None and subchannels < 1:
             raise ValueError(f"`subchannels` must be at least 1, got {subchannels}.")
-        if chunk_size < 1:
-            raise ValueError(f"`chunk_size`, antennas held at a time, must be at least 1, got {chunk_size}.")
         self.num_antennas = check_antennas(num_antennas)
         self.power = PowerBudget(500.0 if power is None else power, average_power) if amplitude is None else None
         self.amplitude = amplitude
@@ -112,7 +109,6 @@ class BlindTransmitters(Uplink):
         self.csi_error_var = float(csi_error_var)
         self.subchannels = subchannels
         self.gaussian_approx = gaussian_approx
-        self.chunk_size = chunk_size
 
     @override
     def forward(self, updates: Tensor, round: Round) -> Received:
@@ -161,7 +157,6 @@ class BlindTransmitters(Uplink):
             self.num_antennas,
             uses,
             csi_error_var=self.csi_error_var,
-            chunk_size=self.chunk_size,
             on=device,
         )
         heard = (gains.to(sent.dtype) * sent).sum(0)

@@ -89,8 +89,8 @@ class CapacityLimited(Uplink):
         silent = compressor is None
         if silent:
             rank_zero_warn(
-                f"In round {round.index} a device may send {budget:.1f} bits, less than the smallest message of "
-                f"{type(self.compressor).__name__}: all devices are silent. Raise the power or the bandwidth."
+                "There are rounds in which all devices are silent (`uplink/silent`): a device may send fewer bits than the "
+                f"smallest message of {type(self.compressor).__name__} takes. Raise the power or the bandwidth."
             )
         energy = torch.full((num_devices,), 0.0 if silent else power, dtype=torch.float64, device=updates.device)
         cost = Cost(

@@ -105,13 +105,15 @@ class OpportunisticDigital(Uplink):
         gains = self.channel.gains(round.key, self._uses, on=updates.device).abs().square().double()
         gains = gains.expand(-1, self._uses)
         _, bits = water_filling(gains, power, self.channel.noise_var)
-        chosen = int(bits.argmax())
+        best = (bits == bits.max()).nonzero().flatten().tolist()
+        turn = torch.randint(len(best), (), generator=round.key.shared("uplink/tie")) if len(best) > 1 else 0
+        chosen = best[int(turn)]  # without fading all are equal
         budget = float(bits[chosen])
         compressor = self.compressor.for_budget(numel, budget)
         if compressor is None:
             rank_zero_warn(
-                f"In round {round.index} the best device may send {budget:.1f} bits, less than the smallest message of "
-                f"{type(self.compressor).__name__}: nobody sends. Raise the power or the bandwidth."
+                "There are rounds in which nobody sends (`uplink/silent`): the best device may send fewer bits than the smallest "
+                f"message of {type(self.compressor).__name__} takes. Raise the power or the bandwidth."
             )
         message = self._send(updates, chosen, round.key, compressor)
         energy = torch.zeros(num_devices, dtype=torch.float64, device=updates.device)

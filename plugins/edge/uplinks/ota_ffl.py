@@ -131,26 +131,26 @@ class OTAFFL(Uplink):
     @override
     def forward(self, updates: Tensor, round: Round) -> Received:
         power = self.power.of(round) / updates.shape[1]  # of a symbol
-        gains = self.channel.gains(round.key, 1, on=updates.device)
+        gains = self.channel.gains(round.key, 1)
         known = self.channel.csi(gains, round.key, who=type(self).__name__).flatten().to(torch.complex128)
         gains = gains.flatten().to(torch.complex128)
-        losses = self._smooth(round)
+        losses = self._smooth(round).cpu()  # what there is one of for each device is worked out there
         weights = torch.zeros_like(losses)
         active = known.abs() >= self.min_gain
         if bool(active.any()):
-            weights[active] = self.weigh(losses[active], round.weights[active])
+            weights[active] = self.weigh(losses[active], round.weights.cpu()[active])
 
-        variances, means = torch.var_mean(updates, dim=1, correction=0)
-        deviations, means = variances.double().sqrt(), means.double()
+        variances, means = torch.stack(torch.var_mean(updates, dim=1, correction=0)).double().cpu()
+        deviations = variances.sqrt()
         scale, transmit = self._aligned(weights * deviations, known, power, round)
         # c Re(h_m b_m) (g_m - mean_m) / deviation_m, without the matrix of symbols
         heard = torch.where(deviations > 0, scale * (gains * transmit).real / deviations, 0)
-        noiseless = heard.to(updates.dtype) @ updates + ((weights - heard) @ means).to(updates.dtype)
+        noiseless = heard.to(updates) @ updates + ((weights - heard) @ means).to(updates)
         estimate = noiseless
         if bool(scale > 0) and self.channel.noise_var > 0:
             noise = self.channel.noise(round.key, updates.shape[1], on=updates.device).real
-            estimate = noiseless + (scale * noise).to(updates.dtype)
-        target = weights.to(updates.dtype) @ updates
+            estimate = noiseless + (float(scale) * noise).to(updates.dtype)
+        target = weights.to(updates) @ updates
         wanted = target.square().sum()
         expected = scale.square() * self.channel.noise_var / 2 * updates.shape[1]
         reach = torch.where(weights * deviations > 0, known.abs() / (weights * deviations), math.inf)

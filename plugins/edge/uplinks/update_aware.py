@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Self, get_args
+from typing import Literal, get_args
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -11,81 +11,24 @@ from torch import Tensor
 from typing_extensions import override
 
 from groundwire.plugins.channels import FadingMAC, Rayleigh
-from groundwire.plugins.compression import ErrorMemory, Message, Payload, RateAdaptive, TopK
-from groundwire.plugins.compression.base import log2_binomial
-from groundwire.plugins.compression.budget import largest_within
+from groundwire.plugins.compression import ErrorMemory, LargestEntries, Message, RateAdaptive
 from groundwire.plugins.edge.round import Round
 from groundwire.plugins.edge.uplinks.base import Received, Uplink
 from groundwire.plugins.layout import ParameterLayout
 from groundwire.plugins.ledger import Cost
-from groundwire.plugins.random import Key
 
 Policy = Literal["bc", "bn2", "bc_bn2", "bn2_c", "random", "round_robin", "all"]
-
-
-class LargestEntries(RateAdaptive):
-    """Top-k sparsification whose number of entries a budget of bits decides; the paper's count of 33 bits a value.
-
-    Positions and values travel as in :class:`~groundwire.plugins.compression.TopK`. A message of ``q`` entries counts as
-    ``log2 C(d, q) + 33 q`` bits against a budget: 32 for the magnitude and one for the sign.
-
-    Args:
-        num_entries: ``q``; None if a budget will say (then all entries are sent until it does).
-
-    Raises:
-        ValueError: If ``num_entries`` is below 1.
-
-    Example:
-        >>> round(LargestEntries(num_entries=2).message_bits(7850), 1)
-        90.9
-        >>> LargestEntries().for_budget(7850, bits=1161.0).num_entries
-        27
-    """
-
-    def __init__(self, num_entries: int | None = None) -> None:
-        super().__init__()
-        if num_entries is not None and num_entries < 1:
-            raise ValueError(f"`num_entries` must be at least 1, got {num_entries}.")
-        self.num_entries = num_entries
-
-    @property
-    def _topk(self) -> TopK:
-        return TopK(density=1.0) if self.num_entries is None else TopK(k=self.num_entries)
-
-    @override
-    def message_bits(self, numel: int) -> float:
-        q = numel if self.num_entries is None else min(self.num_entries, numel)
-        return log2_binomial(numel, q) + 33 * q
-
-    @override
-    def for_budget(self, numel: int, bits: float) -> Self | None:
-        q = largest_within(lambda n: log2_binomial(numel, n) + 33 * n, bits, numel)
-        return type(self)(num_entries=q) if q else None
-
-    @override
-    def encode(self, x: Tensor, key: Key) -> Payload:
-        return self._topk.encode(x, key)
-
-    @override
-    def decode(self, payload: Payload) -> Tensor:
-        return self._topk.decode(payload)
-
-    @override
-    def roundtrip(self, x: Tensor, key: Key) -> Message:
-        return self._topk.roundtrip(x, key)
-
-    @override
-    def extra_repr(self) -> str:
-        return f"num_entries={self.num_entries}"
 
 
 class UpdateAware(Uplink):
     """Digital transmission over orthogonal shares of a fading channel by ``K`` devices, chosen after local work.
 
     All devices compute an update. The server, which knows their gains and is told the norms of their updates, chooses who
-    sends and how many of the ``n`` complex channel uses each one gets: ``n_m``. As a device is among ``K`` of ``M`` on
-    average, it sends with ``M / K`` times its average power, and may send ``n_m C_m`` bits with
-    ``C_m = log2(1 + (M / K) power |h_m|^2 / noise_var)``. The compressor takes the largest resolution that fits. What the
+    sends and how many of the ``n`` complex channel uses each one gets: ``n_m``. It sends with ``M / K`` times the average
+    power, and may send ``n_m C_m`` bits with ``C_m = log2(1 + (M / K) power |h_m|^2 / noise_var)``. A round takes
+    ``n power M / K`` of energy, so that fewer devices spend more together. The limit on the power holds for the mean over
+    devices: a policy that prefers some (by norms, under path loss, without fading) lets these exceed it. In the recipes
+    ``update_aware`` and ``best_norm`` one device spends three and four times the mean; see ``ledger.energy_per_device``. The compressor takes the largest resolution that fits. What the
     others computed is lost.
 
     The policies, of which the last three are baselines:
@@ -113,7 +56,7 @@ class UpdateAware(Uplink):
         channel: The channel, with block fading (a device has one gain in a round), perfect CSI and noise.
         bandwidth: Real channel uses per parameter, ``2 n / d``; may be above 1.
         channel_uses: Real channel uses ``2 n`` themselves, instead of ``bandwidth``.
-        compressor: A compressor that adapts to a budget of bits; by default :class:`LargestEntries`.
+        compressor: A compressor that adapts to a budget of bits; by default :class:`~groundwire.plugins.compression.LargestEntries`.
         error_feedback: Whether devices keep what is left of their updates when they send; what they keep then counts for
             their norms.
         integer_uses: Whether channel uses are whole numbers.
@@ -212,9 +155,9 @@ class UpdateAware(Uplink):
         served = torch.tensor([message is not None for message in sent], dtype=torch.bool, device=updates.device)
         if not bool(served.any()):
             rank_zero_warn(
-                f"In round {round.index} nobody can send: of {len(chosen)} chosen devices none may send as much as the "
-                f"smallest message of {type(self.compressor).__name__} takes. Schedule fewer devices, or raise the power or "
-                "the bandwidth."
+                "There are rounds in which nobody can send (`uplink/silent`): of the chosen devices none may send as much as "
+                f"the smallest message of {type(self.compressor).__name__} takes. Schedule fewer devices, or raise the power "
+                "or the bandwidth."
             )
         rows = updates.new_zeros(max(len(chosen), 1), updates.shape[1])
         for row, message in enumerate(sent):
@@ -268,8 +211,8 @@ class UpdateAware(Uplink):
     def _norms_if_alone(self, able: Tensor, wanted: Tensor, capacities: Tensor, round: Round) -> Tensor:
         """Norm of what would arrive of each update if its device had the whole channel, shape ``(M,)``, float64."""
         norms = torch.zeros_like(capacities)
-        for m in able.tolist():
-            message = self._send(wanted, m, self._uses * float(capacities[m]), round)
+        for m, capacity in zip(able.tolist(), capacities[able].tolist(), strict=True):
+            message = self._send(wanted, m, self._uses * capacity, round)
             if message is not None:
                 norms[m] = torch.linalg.vector_norm(message.values, dtype=torch.float64)
         return norms

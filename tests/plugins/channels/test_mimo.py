@@ -61,13 +61,6 @@ def test_combined_gains_are_those_of_every_antennas_signal(fading: Fading, csi_e
     torch.testing.assert_close(power.double(), square, rtol=1e-5, atol=1e-5)
 
 
-def test_chunks_change_nothing_but_rounding() -> None:
-    whole = combined_gains(Rayleigh(), key(3), 13, 8, csi_error_var=0.4, chunk_size=13)
-    for chunk_size in (1, 5, 100):
-        part = combined_gains(Rayleigh(), key(3), 13, 8, csi_error_var=0.4, chunk_size=chunk_size)
-        torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-6)
-
-
 class Watched(Rayleigh):
     """Counts the antennas' gains that are alive at a time."""
 
@@ -83,12 +76,11 @@ class Watched(Rayleigh):
         return drawn
 
 
-@pytest.mark.parametrize("chunk_size", [1, 6])
-def test_memory_does_not_grow_with_antennas(chunk_size: int) -> None:
+def test_memory_does_not_grow_with_antennas() -> None:
     for antennas in (12, 60):
         fading = Watched()
-        combined_gains(fading, key(2), antennas, 3, chunk_size=chunk_size)
-        assert chunk_size <= fading.most <= chunk_size + 1
+        combined_gains(fading, key(2), antennas, 3)
+        assert fading.most <= 2
 
 
 class Rotated(Rayleigh):
@@ -130,7 +122,7 @@ def test_many_antennas_give_the_mean_square() -> None:
     antennas, devices = 4000, 3
     fading = Rayleigh(block=True, path_loss=PathLoss(exponent=1.0, inner_radius=50.0))
     squares = fading.mean_squares(key(devices))
-    a, power = combined_gains(fading, key(devices), antennas, 1, csi_error_var=0.5, chunk_size=500)
+    a, power = combined_gains(fading, key(devices), antennas, 1, csi_error_var=0.5)
     total = squares.sum() + 0.5
     standard_errors = (squares * (total + squares) / antennas).sqrt()
     assert bool(((a[:, 0] - squares).abs() < 5 * standard_errors).all())
@@ -144,9 +136,7 @@ def test_error_is_what_the_formula_says(antennas: int, csi_error_var: float) -> 
     devices, uses, noise_var, alpha, variance = 10, 20_000 // antennas + 500, 4.0, 1.5, 2.0
     x = cn(devices, 1, seed=2).to(torch.complex64)
     x = x + 0.7
-    a, power = combined_gains(
-        Rayleigh(variance), key(devices), antennas, uses, csi_error_var=csi_error_var, chunk_size=16
-    )
+    a, power = combined_gains(Rayleigh(variance), key(devices), antennas, uses, csi_error_var=csi_error_var)
     noise = receiver_noise(key(devices), 1, uses, noise_var / antennas)[0] * power.sqrt()
     norm = devices * variance * alpha
     estimate = ((a * (alpha * x)).sum(0) + noise).to(torch.complex128) / norm
@@ -203,7 +193,7 @@ def test_drawn_numbers_have_their_moments(pseudo: complex) -> None:
 def test_normal_errors_are_near_the_exact_ones_with_many_antennas() -> None:
     antennas, uses = 200, 2000
     x = (cn(5, 1, seed=1) + 1).to(torch.complex64)
-    a, _ = combined_gains(Rayleigh(), key(5), antennas, uses, chunk_size=20)
+    a, _ = combined_gains(Rayleigh(), key(5), antennas, uses)
     exact = (a * x).sum(0)
     moments = blind_moments(x.expand(-1, uses), torch.ones(5), num_antennas=antennas, norm=1.0)
     drawn = moments.draw(torch.Generator().manual_seed(0))
@@ -419,8 +409,6 @@ def test_bad_input() -> None:
         combined_gains(Rayleigh(), key(2), 0, 5)
     with pytest.raises(ValueError, match=r"`num_antennas` must be at least 1, got -3"):
         blind_moments(h, torch.ones(4), num_antennas=-3, norm=1.0)
-    with pytest.raises(ValueError, match=r"`chunk_size`, antennas held at a time, must be at least 1, got 0"):
-        combined_gains(Rayleigh(), key(2), 4, 5, chunk_size=0)
     for call in (
         lambda y, h: greedy_lmmse(y, h, noise_var=1.0, symbol_var=1.0),
         lambda y, h: lmmse(y, h, noise_var=1.0, symbol_var=1.0),

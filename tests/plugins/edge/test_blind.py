@@ -80,7 +80,6 @@ def test_error_is_what_the_formula_says(approx: bool, antennas: int, csi_error_v
             noise_var=noise_var,
             csi_error_var=csi_error_var,
             gaussian_approx=approx,
-            chunk_size=16,
         ),
         numel,
         devices,
@@ -164,13 +163,6 @@ def test_nothing_to_send_is_not_sent() -> None:
     assert not received.cost.energy.any()
 
 
-def test_chunks_change_nothing_but_rounding() -> None:
-    x = updates(3, 50)
-    rows = [ready(lambda c=c: BlindTransmitters(7, chunk_size=c), 50, 3)(x, plan(3)).rows for c in (1, 3, 7)]
-    torch.testing.assert_close(rows[1], rows[0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(rows[2], rows[0], rtol=1e-4, atol=1e-5)
-
-
 def test_imperfect_csi_at_no_error_is_perfect() -> None:
     x = updates(3, 50)
     rows = [ready(lambda e=e: BlindTransmitters(7, csi_error_var=e), 50, 3)(x, plan(3)).rows for e in (0.0, 1e-10, 1.0)]
@@ -229,7 +221,6 @@ def test_builds_from_yaml_and_tells_its_settings() -> None:
         ({"csi_error_var": -0.1}, r"`csi_error_var` must be finite and >= 0.*got -0.1"),
         ({"noise_var": -1.0}, r"`noise_var` is a variance"),
         ({"subchannels": 0}, r"`subchannels` must be at least 1, got 0"),
-        ({"chunk_size": 0}, r"`chunk_size`.* must be at least 1, got 0"),
         ({"fading": NoFading()}, r"gains whose mean is 0, which NoFading's is not"),
         ({"gaussian_approx": True, "fading": Rayleigh(block=True)}, r"`gaussian_approx` holds for Rayleigh fading"),
         ({"gaussian_approx": True, "fading": Rician(2.0)}, r"`gaussian_approx` holds for Rayleigh fading"),

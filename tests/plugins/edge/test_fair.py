@@ -137,10 +137,11 @@ def test_ridge_goes_from_the_exact_direction_to_the_loss_weighted_mean() -> None
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_nearly_parallel_float32_updates_still_let_every_loss_fall(seed: int) -> None:
+@pytest.mark.parametrize("difference", [1e-3, 1e-4])
+def test_nearly_parallel_float32_updates_still_let_every_loss_fall(seed: int, difference: float) -> None:
     """The hazard of the exact solution; the matrix of inner products is in double precision, and a ridge helps."""
     g = generator(seed)
-    rows = torch.randn(300, generator=g) + 1e-3 * torch.randn(8, 300, generator=g)
+    rows = torch.randn(300, generator=g) + difference * torch.randn(8, 300, generator=g)
     losses = torch.rand(8, generator=g) + 0.5
     mean = rows.mean(0).norm()
     norms = []
@@ -195,7 +196,7 @@ def test_adafed_leaves_out_devices_that_stand_still() -> None:
     rows = rows.clone()
     rows[2] = 0
     received, round = told(rows, losses, devices=(4, 9, 7, 1, 0, 2))
-    with pytest.warns(UserWarning, match=r"leaves out devices whose update is zero, in round 0: \[7\]"):
+    with pytest.warns(UserWarning, match="leaves out devices whose update is zero"):
         v = AdaFed()(received, round)
     kept = [0, 1, 3, 4, 5]
     torch.testing.assert_close(v, AdaFed()(*told(rows[kept], losses[kept])))

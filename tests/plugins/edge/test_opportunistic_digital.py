@@ -21,11 +21,11 @@ from helpers.uplinks import check_uplink, plan, ready, updates
 
 UPLINKS: dict[str, tuple[Any, dict[str, bool]]] = {
     "d_dsgd": (
-        lambda: OpportunisticDigital(DDSGDQuantizer(), error_feedback=True, power=1e3),
+        lambda: OpportunisticDigital(DDSGDQuantizer(), error_feedback=True, accumulate_when_idle=True, power=1e3),
         {"noisy": True, "stateful": True},
     ),
-    "d_dsgd_stale": (
-        lambda: OpportunisticDigital(DDSGDQuantizer(), error_feedback=True, accumulate_when_idle=False, power=1e3),
+    "d_dsgd_forgetful": (
+        lambda: OpportunisticDigital(DDSGDQuantizer(), error_feedback=True, power=1e3),
         {"noisy": True, "stateful": True},
     ),
     "signsgd_block": (
@@ -101,7 +101,7 @@ def test_capacity_is_of_the_complex_channel() -> None:
     assert received.cost.channel_uses == 2
 
 
-@pytest.mark.filterwarnings("ignore:In round")
+@pytest.mark.filterwarnings("ignore:There are rounds")
 def test_the_average_energy_is_within_the_limit_and_devices_take_turns() -> None:
     m, rounds, power = 4, 800, 10.0
     uplink = ready(lambda: OpportunisticDigital(SignSGD(), power=power, channel_uses=8), 40, m)
@@ -122,14 +122,18 @@ def test_under_path_loss_no_device_spends_more_than_the_limit() -> None:
     assert float(spent.mean(0).max()) > 2 * 10.0 / 4  # the nearest device sends most often: M times would be too much
 
 
-@pytest.mark.filterwarnings("ignore:In round")
+@pytest.mark.filterwarnings("ignore:There are rounds")
 @pytest.mark.parametrize("weights", [None, torch.tensor([1.0, 4.0, 2.0])])
 def test_received_plus_held_is_the_weighted_sum_of_updates(weights: Tensor | None) -> None:
     """Telescoping, also over rounds in which nothing can be sent."""
     m, numel = 3, 300
     uplink = ready(
         lambda: OpportunisticDigital(
-            DDSGDQuantizer(), error_feedback=True, channel_uses=150, power=StepPower([40, 1e-3, 400])
+            DDSGDQuantizer(),
+            error_feedback=True,
+            accumulate_when_idle=True,
+            channel_uses=150,
+            power=StepPower([40, 1e-3, 400]),
         ),
         numel,
         m,
@@ -182,10 +186,12 @@ def test_one_device_sends_half_of_its_entries_when_the_budget_allows_more() -> N
 
 def test_when_nothing_fits_nobody_sends_and_nothing_is_lost() -> None:
     x, m = updates(3, 100), 3
-    uplink = ready(lambda: OpportunisticDigital(DDSGDQuantizer(), error_feedback=True, power=1e-3), 100, m)
-    with pytest.warns(
-        UserWarning, match=r"In round 0 the best device may send 0\.\d bits.*DDSGDQuantizer: nobody sends"
-    ):
+    uplink = ready(
+        lambda: OpportunisticDigital(DDSGDQuantizer(), error_feedback=True, accumulate_when_idle=True, power=1e-3),
+        100,
+        m,
+    )
+    with pytest.warns(UserWarning, match="nobody sends.*fewer bits than the smallest message of DDSGDQuantizer"):
         received = uplink(x, plan(m))
     assert not received.rows.any()
     assert (received.cost.bits, received.cost.channel_uses, float(received.cost.energy.sum())) == (0, 0, 0.0)
@@ -193,7 +199,7 @@ def test_when_nothing_fits_nobody_sends_and_nothing_is_lost() -> None:
     torch.testing.assert_close(uplink.feedback.memory.residual()[:m], x)
 
 
-@pytest.mark.filterwarnings("ignore:In round")
+@pytest.mark.filterwarnings("ignore:There are rounds")
 def test_more_devices_have_a_better_best() -> None:
     """Diversity: under block fading the best of M gains grows as the harmonic number of M."""
     rates = []
@@ -210,6 +216,15 @@ def test_more_devices_have_a_better_best() -> None:
         bits = [uplink(updates(m, 40), plan(m, index=t)).metrics["uplink/bit_budget_per_device"] for t in range(100)]
         rates.append(float(np.mean(bits)))
     assert rates[0] < rates[1] < rates[2]
+
+
+def test_without_fading_devices_take_turns_by_chance() -> None:
+    """All have the same budget; each spends M times the average energy in one of M rounds on average."""
+    m, rounds = 5, 400
+    uplink = ready(lambda: OpportunisticDigital(SignSGD(), power=60.0, channel=FadingMAC(NoFading())), 40, m)
+    spent = torch.stack([uplink(updates(m, 40), plan(m, index=t)).cost.energy for t in range(rounds)])
+    error = 60 * math.sqrt((m - 1) / rounds)  # of a mean of binomial numbers
+    assert ((spent.mean(0) - 60).abs() < 4 * error).all()
 
 
 def test_budget_is_water_fillings() -> None:
@@ -237,7 +252,7 @@ def test_built_from_yaml_and_says_its_settings() -> None:
     """
     uplink = parser.instantiate(parser.parse_string(config)).uplink
     assert isinstance(uplink, OpportunisticDigital)
-    for words in ("boost=True", "accumulate_when_idle=True", "noise_var=0.5", "DDSGDQuantizer"):
+    for words in ("boost=True", "accumulate_when_idle=False", "noise_var=0.5", "DDSGDQuantizer"):
         assert words in repr(uplink)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from groundwire.callbacks.reporting import ResumableCheckpoint
 from groundwire.plugins.compression import ErrorFeedback, LFLQuantizer, TopK
 from groundwire.plugins.edge import (
     ADSGD,
     LFL,
+    DeviceBatch,
     Digital,
     EdgeStrategy,
     ErrorFree,
@@ -30,7 +34,20 @@ from groundwire.plugins.edge import (
     UniformSample,
 )
 from helpers.ddp import run_ddp
-from helpers.edge import CLASSES, FEATURES, Classifier, Killed, Losses, Stateful, fit, loader, mlp, weights
+from helpers.edge import (
+    CLASSES,
+    FEATURES,
+    Classifier,
+    Killed,
+    Losses,
+    Rounds,
+    Stateful,
+    fit,
+    generator,
+    loader,
+    mlp,
+    weights,
+)
 
 UPLINKS = {
     "error-free": ErrorFree,
@@ -60,8 +77,8 @@ class Busy(Classifier):
         loss = F.cross_entropy(scores, y)
         self.seen(len(x))
         self.train_metrics(scores.detach(), y)
-        self.log("train/seen", self.seen, on_step=False, on_epoch=True)
-        self.log_dict(self.train_metrics, on_step=False, on_epoch=True)  # type: ignore[arg-type]
+        self.log("train/seen", self.seen, on_step=True, on_epoch=True)
+        self.log_dict(self.train_metrics, on_step=True, on_epoch=True)  # type: ignore[arg-type]
         self.log("train/loss", loss)
         self.log("train/largest", x.max(), reduce_fx="max")
         return {"loss": loss, "scores": scores}
@@ -84,13 +101,13 @@ def build(uplink: str, scheduled: int = 3, **options: Any) -> EdgeStrategy:
 
 def trained(strategy: EdgeStrategy, module: pl.LightningModule, ranks: int, **options: Any) -> dict[str, Any]:
     """Six rounds on this process, which is one of so many."""
-    losses, resume_from = Losses(), options.pop("ckpt_path", None)
+    losses, resume_from, data = Losses(), options.pop("ckpt_path", None), options.pop("data", None)
     options = {"logger": False, "enable_checkpointing": False, "max_steps": 6} | options
     t = pl.Trainer(
         strategy=strategy, accelerator="cpu", devices=ranks, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[losses, *options.pop("callbacks", [])], **options,
     )  # fmt: skip
-    t.fit(module, Stateful(loader()), loader(), ckpt_path=resume_from)
+    t.fit(module, data or Stateful(loader()), loader(), ckpt_path=resume_from)
     return {
         "weights": weights(module),
         "losses": losses.values,
@@ -108,7 +125,7 @@ def rank_of_busy(uplink: str, scheduled: int, ranks: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("uplink", UPLINKS)
-@pytest.mark.parametrize(("scheduled", "ranks"), [(3, 2), (2, 3)])
+@pytest.mark.parametrize(("scheduled", "ranks"), [(3, 2), (1, 2), (2, 3)])
 def test_equals_one_process_bit_for_bit_in_the_loop(uplink: str, scheduled: int, ranks: int) -> None:
     """Also with blocks of different lengths, and ranks without a device."""
     one = trained(build(uplink, scheduled), Busy(), 1)
@@ -122,8 +139,43 @@ def test_equals_one_process_bit_for_bit_in_the_loop(uplink: str, scheduled: int,
         assert rank["totals"] == one["totals"]
         assert rank["metrics"] == one["metrics"]
         assert all(torch.equal(a, b) for a, b in zip(rank["returned"], one["returned"], strict=True))
-    assert one["metrics"]["train/seen"] == scheduled * 6 * 2  # samples of the last, half epoch: two rounds
+    assert one["metrics"]["train/seen_epoch"] == scheduled * 6 * 2  # samples of the last, half epoch: two rounds
     assert one["metrics"]["val/seen"] == one["metrics"]["val/samples"] == 96
+
+
+class Decays(Classifier):
+    """Has a parameter that no loss depends on, which AdamW shrinks if its gradient is zero, and not if it has none."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp())
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.5)
+
+
+def odd_rounds(ragged: bool, missing: bool) -> Rounds:
+    """Two devices, which hold different numbers of samples, or of which the first has a NaN."""
+    x, y = torch.randn(2, 6, FEATURES, generator=generator(2)), torch.zeros(2, 6, dtype=torch.long)
+    if missing:
+        x[0, 0, 0] = float("nan")
+    lengths = torch.tensor([6, 4]) if ragged else None
+    ids = torch.arange(2)
+    return Rounds(*[DeviceBatch(data=(x, y), device_ids=ids, num_samples=ids + 4, lengths=lengths)] * 3)
+
+
+def rank_of_odd_rounds(ragged: bool, missing: bool, ranks: int) -> dict[str, Any]:
+    strategy = EdgeStrategy(num_devices=2, on_nonfinite="drop", seed=5)
+    return trained(strategy, Decays(), ranks, data=odd_rounds(ragged, missing), max_steps=3, precision="64-true")
+
+
+@pytest.mark.parametrize(("ragged", "missing"), [(True, False), (False, False), (False, True)])
+def test_the_whole_round_decides_how_devices_are_run(ragged: bool, missing: bool) -> None:
+    """One device a block, that is; and numbers that are missing are no sign of different batches."""
+    one = rank_of_odd_rounds(ragged, missing, 1)
+    assert torch.isfinite(one["weights"]).all()
+    for rank in run_ddp(rank_of_odd_rounds, ragged, missing, 2):
+        torch.testing.assert_close(rank["weights"], one["weights"], rtol=1e-9, atol=1e-12)
 
 
 def rank_at_once(ranks: int) -> dict[str, Any]:
@@ -248,6 +300,27 @@ def shuffled_without_a_seed() -> Tensor:
 def test_unseeded_ranks_start_from_the_first_ones_weights_and_order() -> None:
     first, second = run_ddp(shuffled_without_a_seed)
     assert torch.equal(first, second)
+
+
+def interrupted_once() -> tuple[int, bool]:
+    class CtrlC(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 3 and int(os.environ["RANK"]) == 1:
+                keeper.interrupted = True  # what the handler of the signal does
+
+    with tempfile.TemporaryDirectory() as folder:
+        keeper = ResumableCheckpoint(folder, every_n_steps=100)
+        trainer = pl.Trainer(
+            strategy=build("error-free"), accelerator="cpu", devices=2, max_steps=40, logger=False,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=[CtrlC(), keeper],
+        )  # fmt: skip
+        with contextlib.suppress(KeyboardInterrupt, SystemExit):
+            trainer.fit(Classifier(mlp()), Stateful(loader()))
+        return trainer.global_step, (Path(folder) / "last.ckpt").exists()
+
+
+def test_ctrl_c_in_one_process_stops_all_after_the_same_step() -> None:
+    assert run_ddp(interrupted_once) == [(8, True), (8, False)]
 
 
 def one_clock_is_ahead() -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from groundwire.plugins.compression import ErrorFeedback, Identity, TopK
 from groundwire.plugins.edge import (
     Aggregator,
+    AnalogDownlink,
     CheckpointMismatchError,
     Cost,
     DeviceBatch,
@@ -29,6 +30,7 @@ from groundwire.plugins.edge import (
     NonFiniteUpdateError,
     Received,
     Round,
+    Scheduler,
     UniformSample,
 )
 from helpers.edge import (
@@ -899,3 +901,43 @@ def test_a_dropped_device_leaves_nothing_in_what_devices_of_differing_sizes_retu
         fit(EdgeStrategy(3, on_nonfinite="drop"), Returns(mlp()), Rounds(batch), steps=1, callbacks=[seen])
     assert [tuple(device["logits"].shape) for device in seen.devices] == [(4, CLASSES), (2, CLASSES)]
     assert all(torch.isfinite(device["logits"]).all() for device in seen.devices)
+
+
+class Nobody(Scheduler):
+    """Lets two devices in, and in every other round nobody."""
+
+    def forward(self, device_ids: Tensor, *, round_index: int, seed: int) -> Tensor:
+        return torch.arange(0 if round_index % 2 else 2)
+
+
+class Counts(Classifier):
+    """Counts samples; what it moves by in each step is in ``moved``."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp())
+        self.seen = torchmetrics.SumMetric()
+        self.moved: list[bool] = []
+        self.empty: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen.update(len(batch[0]))
+        loss: Tensor = super().training_step(batch, batch_idx)
+        return loss
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.before = weights(self.network)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.moved.append(not torch.equal(self.before, weights(self.network)))
+        self.empty.append(float(self.trainer.callback_metrics.get("round/empty", 0.0)))
+
+
+def test_a_round_without_devices_is_skipped_and_logged() -> None:
+    """Adam, which would go on with the steps before, rests; nothing is spent, counted or averaged."""
+    module = Counts()
+    strategy = EdgeStrategy(num_devices=4, scheduler=Nobody(), downlink=AnalogDownlink(power=10.0), vectorize=False)
+    trainer(strategy, steps=4, log_every_n_steps=1).fit(module, loader())
+    assert module.moved == [True, False, True, False]
+    assert (module.empty[0], module.empty[1], module.empty[3]) == (0.0, 1.0, 1.0)
+    assert int(module.seen.compute()) == 2 * 2 * 6
+    assert strategy.ledger.totals["downlink/energy"] == pytest.approx(2 * 10.0)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from groundwire.plugins.channels import FadingMAC, NoFading, PathLoss, Rayleigh
-from groundwire.plugins.compression import DDSGDQuantizer
+from groundwire.plugins.compression import DDSGDQuantizer, LargestEntries
 from groundwire.plugins.compression.packing import support_bytes
 from groundwire.plugins.edge import EdgeStrategy, Received, Uplink
-from groundwire.plugins.edge.uplinks.update_aware import LargestEntries, UpdateAware, allocate, largest
+from groundwire.plugins.edge.uplinks.update_aware import UpdateAware, allocate, largest
 from helpers.channels import build_from_yaml
 from helpers.compressors import check_compressor
 from helpers.edge import check_strategy_part, fit
@@ -257,7 +257,7 @@ def test_nobody_can_be_scheduled() -> None:
     weak = FadingMAC(Rayleigh(block=True), noise_var=1e9)
     for policy in POLICIES:
         uplink = ready(build(policy, channel=weak), D, M)
-        with pytest.warns(UserWarning, match="In round 0 nobody can send: of 0 chosen devices"):
+        with pytest.warns(UserWarning, match="rounds in which nobody can send"):
             received = uplink(x, plan(M))
         assert received.rows.shape == (1, D)
         assert not received.rows.any()
@@ -270,7 +270,7 @@ def test_nobody_can_be_scheduled() -> None:
 def test_a_capacity_too_small_for_one_entry_is_a_silent_round() -> None:
     x = updates(M, D)
     uplink = ready(build("bc", bandwidth=None, channel_uses=2, error_feedback=True), D, M)  # one complex use for three
-    with pytest.warns(UserWarning, match="nobody can send: of 3 chosen devices none may send as much as"):
+    with pytest.warns(UserWarning, match="nobody can send.*none may send as much as"):
         received = uplink(x, plan(M))
     assert not received.rows.any()
     assert received.metrics["uplink/unserved_devices"] == 3

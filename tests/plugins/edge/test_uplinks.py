@@ -232,7 +232,7 @@ def test_capacity_decides_how_many_entries_are_sent(
             assert (nonzero == expected).all()
 
 
-@pytest.mark.filterwarnings("ignore:In round")
+@pytest.mark.filterwarnings("ignore:There are rounds")
 def test_d_dsgd_sent_plus_held_is_the_sum_of_updates() -> None:
     """Telescoping, also over rounds in which nothing can be sent (and a warning says so)."""
     uplink = ready(
