@@ -31,6 +31,7 @@ TO_FORGET = 0.2  # share of the digits that the model of the unlearning family i
 NO_STEPS = ("win_u", "ssd")  # recipes that change the weights once, before the first step
 OF_SEVERAL_PROCESSES = ("compressed_ddp",)  # forked from this one, where W&B is in use already
 NEEDED_HERE = {  # what a recipe for more data needs on the digits
+    "bc_bn2": ["--trainer.strategy.uplink.num_candidates=10"],
     "dp_film_few_shot": ["--data.train_fraction=1.0"],
     "rqm": ["--trainer.strategy.uplink.compressor.num_shares=1"],  # rounds of few devices, or of none
     "film_few_shot": ["--data.train_fraction=1.0"],
