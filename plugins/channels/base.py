@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from groundwire.plugins.random import Key
 
+_COLUMNS = 1 << 13  # of symbols that are converted at a time
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reception:
@@ -104,3 +106,10 @@ def check_one_row_a_device(x: Tensor, key: Key) -> None:
         raise ValueError(f"Expected symbols of shape (M, s) with s >= 1 channel uses, got {tuple(x.shape)}.")
     if x.shape[0] != len(key):
         raise ValueError(f"Got symbols of {x.shape[0]} devices, but the key names {len(key)} devices.")
+
+
+def energy_of(x: Tensor) -> Tensor:
+    """``|x_m|^2`` of each row of real or complex symbols, shape ``(M,)``, float64."""
+    numbers = torch.view_as_real(x).flatten(1) if x.is_complex() else x
+    some = torch.split(numbers, _COLUMNS, dim=1)  # a copy of all in double precision would cost more than the sums
+    return torch.stack([part.double().square().sum(1) for part in some]).sum(0)

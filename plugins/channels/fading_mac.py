@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from groundwire.plugins.channels.base import Channel, Reception, check_noise_var, check_one_row_a_device
+from groundwire.plugins.channels.base import Channel, Reception, check_noise_var, check_one_row_a_device, energy_of
 from groundwire.plugins.channels.fading import Fading, Rayleigh, scattered
 from groundwire.plugins.random import Key
 
@@ -123,11 +123,6 @@ class FadingMAC(Channel):
     @override
     def extra_repr(self) -> str:
         return f"noise_var={self.noise_var}, csi_error_var={self.csi_error_var}"
-
-
-def energy_of(x: Tensor) -> Tensor:
-    """``|x_m|^2`` of each row of complex symbols, float64."""
-    return torch.view_as_real(x).double().square().sum(dim=(1, 2))
 
 
 def check_complex_symbols(x: Tensor, key: Key) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from groundwire.plugins.channels.base import Channel, Reception, check_noise_var, check_symbols
+from groundwire.plugins.channels.base import Channel, Reception, check_noise_var, check_symbols, energy_of
 from groundwire.plugins.channels.functional import gaussian_mac_bits_per_device
 from groundwire.plugins.random import Key
 
@@ -61,8 +61,7 @@ class GaussianMAC(Channel):
             generator = key.shared("uplink/noise", on=x.device)
             noise = torch.randn(y.shape, generator=generator, dtype=y.dtype, device=y.device)
             y = y.add_(noise, alpha=math.sqrt(self.noise_var))
-        energy = x.double().square().sum(1)
-        return Reception(symbols=y, energy=energy, channel_uses=x.shape[1])
+        return Reception(symbols=y, energy=energy_of(x), channel_uses=x.shape[1])
 
     def bits_per_device(self, channel_uses: int, num_devices: int, power: float) -> float:
         """Bits a device may send in one round, at an equal share of this channel's sum capacity.

@@ -99,7 +99,10 @@ class ErrorMemory(nn.Module):
             ValueError: If the ids do not fit the rows or the memory.
             RuntimeError: If the memory was not set up, or rows of another length were remembered under ``name``.
         """
-        return x + self.recall(x, devices, name)
+        recalled = self.recall(x, devices, name)
+        if recalled is not self._residuals[name] and torch.promote_types(recalled.dtype, x.dtype) == recalled.dtype:
+            return recalled.add_(x)  # it is a copy already
+        return x + recalled
 
     def keep(self, residual: Tensor, devices: Sequence[int], name: str = "update", *, adopt: bool = False) -> None:
         """Remember rows ``(rows, n)`` as the residuals of ``devices``; rows that are not finite are not remembered.
@@ -383,7 +386,9 @@ class ErrorFeedback(Feedback):
 
     @override
     def keep(self, x: Tensor, corrected: Tensor, sent: Tensor, key: Key, name: str = "update") -> Tensor:
-        self.memory.keep(corrected - sent, key.devices, name)  # with what was lost to the dtype of x
+        is_ours = corrected.untyped_storage().data_ptr() != sent.untyped_storage().data_ptr()
+        rest = corrected.sub_(sent) if is_ours else corrected - sent  # with what was lost to the dtype of x
+        self.memory.keep(rest, key.devices, name, adopt=True)
         return sent
 
     def hold(self, x: Tensor, key: Key, *, name: str = "update") -> Message:

@@ -125,17 +125,13 @@ class DeviceSpread:
         return blocks
 
     def _all_rows(self, found: DeviceUpdates | None, longest: int) -> Tensor:
-        layout = self.worker.layout
-        shape = (self.num_ranks * longest, layout.numel)
-        if self._rows is None or self._rows.shape != shape:
-            self._rows = torch.zeros(shape, dtype=layout.dtype, device=self._module.device)
-        own = torch.zeros((longest, layout.numel), dtype=layout.dtype, device=self._module.device)
-        if found is not None and len(found.rows) == longest:
-            own = found.rows
-        elif found is not None:
-            own[: len(found.rows)] = found.rows
-        everyones = list(self._rows.view(torch.uint8).chunk(self.num_ranks))
-        dist.all_gather(everyones, own.contiguous().view(torch.uint8))  # of any dtype
+        layout, length = self.worker.layout, self.num_ranks * longest
+        if self._rows is None or len(self._rows) < length:
+            self._rows = torch.zeros((length, layout.numel), dtype=layout.dtype, device=self._module.device)
+        if found is not None:
+            self._rows[self.rank * longest :][: len(found.rows)] = found.rows
+        for rank, block in enumerate(self._rows[:length].view(torch.uint8).chunk(self.num_ranks)):  # of any dtype
+            dist.broadcast(block, src=rank)  # in place; gloo's all_gather copies everything twice
         return self._rows
 
     def _all_buffers(self, blocks: list[_Block]) -> DeviceBuffers | None:

@@ -326,7 +326,12 @@ class DeviceWorker:
         # Hooks on parameters are for the server's gradient, not for each device's: then compute at copies of them.
         hooked = any(p._backward_hooks for p in self.pl_module.parameters())
         unused = set(self.layout.names)
-        rows, losses, first_losses, extras = [], [], [], []
+        losses, first_losses, extras = [], [], []
+        if self._rows is None or len(self._rows) < len(batch) or self._rows.device != self.pl_module.device:
+            self._rows = torch.empty(
+                (len(batch), self.layout.numel), dtype=self.layout.dtype, device=self.pl_module.device
+            )
+        rows = self._rows[: len(batch)]
         logged: dict[str, list[Tensor]] = {}
         logged_rows: dict[str, list[int]] = {}
         for m, device in enumerate(round.devices):
@@ -363,7 +368,7 @@ class DeviceWorker:
 
             size = batch.batch_size if batch.lengths is None else int(batch.lengths[m])
             update, outputs = self.local(gradient, model, size)
-            rows.append(self.layout.flatten(update))
+            self.layout.flatten(update, out=rows[m])
             losses.append(torch.stack([step[0] for step in outputs]).mean())
             first_losses.append(outputs[0][0])
             for name, value in _mean_over_steps([step[1] for step in outputs]).items():
@@ -372,7 +377,7 @@ class DeviceWorker:
             extras.append(apply_to_collection(outputs[-1][2], Tensor, torch.Tensor.detach))
             buffers.collect()
         return DeviceUpdates(
-            rows=rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows),
+            rows=rows,
             losses=torch.stack(losses),
             first_losses=torch.stack(first_losses),
             logged={name: torch.stack(values) for name, values in logged.items()},

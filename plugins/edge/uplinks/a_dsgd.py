@@ -146,7 +146,8 @@ class ADSGD(Uplink):
 
         heard_well = pilot * self.pilot_gain > _PILOT_SIGMAS * self.channel.noise_var**0.5
         recovery = self.decoder(torch.where(heard_well, measured, torch.zeros_like(measured)), projection)
-        self.memory.keep(torch.where(heard_well, corrected - sparse, corrected), round.devices)
+        rest = corrected.addcmul_(sparse, heard_well.to(sparse.dtype), value=-1)
+        self.memory.keep(rest, round.devices, adopt=True)
 
         estimate = recovery.x.to(updates.dtype)
         target = (amplitude.to(updates.dtype) @ sparse) / amplitude.sum()

@@ -9,8 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from groundwire.plugins.channels import Fading, NoFading, PowerSchedule, Rayleigh, pack_complex, unpack_complex
-from groundwire.plugins.channels.base import check_noise_var
-from groundwire.plugins.channels.fading_mac import energy_of
+from groundwire.plugins.channels.base import check_noise_var, energy_of
 from groundwire.plugins.channels.mimo import blind_moments, check_antennas, combined_gains, receiver_noise
 from groundwire.plugins.edge.round import Round
 from groundwire.plugins.edge.uplinks.base import Received, Uplink

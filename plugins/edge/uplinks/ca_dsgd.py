@@ -23,7 +23,7 @@ from groundwire.plugins.channels import (
     pack_complex,
     unpack_complex,
 )
-from groundwire.plugins.channels.fading_mac import energy_of
+from groundwire.plugins.channels.base import energy_of
 from groundwire.plugins.compression import ErrorMemory, TopK
 from groundwire.plugins.edge.round import Round
 from groundwire.plugins.edge.uplinks.base import Received, Uplink
@@ -240,7 +240,8 @@ class CADSGD(Uplink):
         projected = self._matrix.mv(sparse.to(self._matrix.dtype))
         arrived = self.inversion(pack_complex(projected), round, self.power.of(round))
         has_sent = (arrived.energy > 0).unsqueeze(1)
-        self.memory.keep(torch.where(has_sent, corrected - sparse, corrected), round.devices)
+        rest = corrected.addcmul_(sparse, has_sent.to(sparse.dtype), value=-1)
+        self.memory.keep(rest, round.devices, adopt=True)
 
         recovery = self._decode(arrived)
         estimate = recovery.x.to(updates.dtype)

@@ -10,8 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from groundwire.plugins.channels import Fading, PowerSchedule, Rayleigh, pack_complex, unpack_complex
-from groundwire.plugins.channels.base import check_noise_var
-from groundwire.plugins.channels.fading_mac import energy_of
+from groundwire.plugins.channels.base import check_noise_var, energy_of
 from groundwire.plugins.channels.mimo import (
     Detection,
     check_antennas,
