@@ -19,7 +19,7 @@ from groundwire.plugins.channels import (
 from groundwire.plugins.compression import ErrorMemory, TopK
 from groundwire.plugins.edge.round import Round
 from groundwire.plugins.edge.uplinks.base import Received, Uplink
-from groundwire.plugins.edge.uplinks.resources import PowerBudget, resolve_channel_uses
+from groundwire.plugins.edge.uplinks.resources import PowerBudget, entries_to_recover, resolve_channel_uses
 from groundwire.plugins.layout import ParameterLayout
 from groundwire.plugins.ledger import Cost
 
@@ -116,13 +116,7 @@ class ADSGD(Uplink):
             channel_uses=self.channel_uses,
             least=3 if self.mean_removal_rounds else 2,
         )
-        k = int(self.sparsity * uses) if self.sparsity is not None else self.num_entries
-        assert k is not None  # one of the two is given
-        if not 1 <= k < uses:
-            raise ValueError(
-                f"A-DSGD keeps k={k} entries for s={uses} channel uses, but needs 1 <= k < s: sparse recovery cannot "
-                "find more entries than it has measurements. Lower `sparsity` or `num_entries`, or raise the bandwidth."
-            )
+        k = entries_to_recover(uses, sparsity=self.sparsity, num_entries=self.num_entries)
         self.memory.reset_state()
         self.memory.setup(num_devices)
         self._sparsify = TopK(k=k)

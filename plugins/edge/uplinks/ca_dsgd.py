@@ -27,7 +27,7 @@ from groundwire.plugins.channels.base import energy_of
 from groundwire.plugins.compression import ErrorMemory, TopK
 from groundwire.plugins.edge.round import Round
 from groundwire.plugins.edge.uplinks.base import Received, Uplink
-from groundwire.plugins.edge.uplinks.resources import PowerBudget, resolve_channel_uses
+from groundwire.plugins.edge.uplinks.resources import PowerBudget, entries_to_recover, resolve_channel_uses
 from groundwire.plugins.layout import ParameterLayout
 from groundwire.plugins.ledger import Cost
 
@@ -221,13 +221,7 @@ class CADSGD(Uplink):
     @override
     def setup(self, *, layout: ParameterLayout, num_devices: int, seed: int) -> None:
         uses = resolve_channel_uses(layout.numel, bandwidth=self.bandwidth, channel_uses=self.channel_uses, least=2)
-        k = int(self.sparsity * uses) if self.sparsity is not None else self.num_entries
-        assert k is not None  # one of the two is given
-        if not 1 <= k < uses:
-            raise ValueError(
-                f"CA-DSGD keeps k={k} entries for s={uses} real channel uses, but needs 1 <= k < s: sparse recovery cannot "
-                "find more entries than it has measurements. Lower `sparsity` or `num_entries`, or raise the bandwidth."
-            )
+        k = entries_to_recover(uses, sparsity=self.sparsity, num_entries=self.num_entries)
         self.memory.reset_state()
         self.memory.setup(num_devices)
         self._sparsify = TopK(k=k)

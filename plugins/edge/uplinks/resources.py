@@ -80,3 +80,27 @@ def resolve_channel_uses(numel: int, *, bandwidth: float | None, channel_uses: i
             f"(the model has {numel} parameters)."
         )
     return uses
+
+
+def entries_to_recover(uses: int, *, sparsity: float | None, num_entries: int | None) -> int:
+    """Entries ``k`` that a device keeps of what is recovered from ``uses`` measurements.
+
+    Args:
+        uses: Channel uses ``s``.
+        sparsity: ``k / s``; rounded down.
+        num_entries: ``k`` itself, where ``sparsity`` is None.
+
+    Returns:
+        ``k``, with ``1 <= k < s``.
+
+    Raises:
+        ValueError: If it is out of range.
+    """
+    k = int(sparsity * uses) if sparsity is not None else num_entries
+    assert k is not None  # one of the two is given
+    if not 1 <= k < uses:
+        raise ValueError(
+            f"A device keeps k={k} entries for s={uses} real channel uses, but needs 1 <= k < s: sparse recovery cannot "
+            "find more entries than it has measurements. Lower `sparsity` or `num_entries`, or raise the bandwidth."
+        )
+    return k
