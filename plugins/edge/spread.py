@@ -93,7 +93,7 @@ class DeviceSpread:
             raise
         if found is not None:
             own.updates = _on(torch.device("cpu"), replace(found, rows=torch.empty(0), buffers=None))
-            own.buffers = None if found.buffers is None else found.buffers.left
+            own.buffers = None if found.buffers is None else apply_to_collection(found.buffers.left, Tensor, Tensor.cpu)
             own.metrics = {
                 path: apply_to_collection(metric._forward_cache, Tensor, lambda value: value.cpu())
                 for path, metric in self._metrics()
