@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import wandb
 import yaml
+from filelock import FileLock
 
 from groundwire.cli import main
 from groundwire.recipes.catalog import Recipe, all_recipes
@@ -31,6 +32,7 @@ TO_FORGET = 0.2  # share of the digits that the model of the unlearning family i
 NO_STEPS = ("win_u", "ssd")  # recipes that change the weights once, before the first step
 OF_SEVERAL_PROCESSES = ("compressed_ddp",)  # forked from this one, where W&B is in use already
 NEEDED_HERE = {  # what a recipe for more data needs on the digits
+    "original": [f"--data.train_fraction={TO_FORGET}"],  # whose curvature takes its time
     "bc_bn2": ["--trainer.strategy.uplink.num_candidates=10"],
     "dp_film_few_shot": ["--data.train_fraction=1.0"],
     "rqm": ["--trainer.strategy.uplink.compressor.num_shares=1"],  # rounds of few devices, or of none
@@ -121,23 +123,26 @@ def forgets(recipe: Recipe) -> bool:
 @pytest.fixture(scope="session")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run of ``original``, with its curvature."""
-    folder = tmp_path_factory.mktemp("original") / "run"
-    words = ("--config=original", "--config=digits_central", *UNTRACKED, "--trainer.max_steps=40")
-    process = start("fit", *words, f"--data.train_fraction={TO_FORGET}", f"--trainer.default_root_dir={folder}")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return folder
+    words = ("--config=original", "--config=digits_central", f"--data.train_fraction={TO_FORGET}")
+    return trained_once(tmp_path_factory, "original", *words)
 
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run of ``cross_entropy``, long enough to be better than chance: other teachers are refused."""
-    folder = tmp_path_factory.mktemp("teacher") / "run"
     overlay, _ = FAMILIES["information"]
-    words = ("--config=cross_entropy", f"--config={overlay}", *UNTRACKED, "--trainer.max_steps=40")
-    process = start("fit", *words, f"--trainer.default_root_dir={folder}")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    return trained_once(tmp_path_factory, "teacher", "--config=cross_entropy", f"--config={overlay}")
+
+
+def trained_once(factory: pytest.TempPathFactory, name: str, *words: str) -> Path:
+    """Folder of a run of 40 steps, which the first of the processes that test makes; the others wait for it."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"trained-{name}"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "checkpoints" / "last.ckpt").exists():
+            limits = ("--trainer.max_steps=40", f"--trainer.default_root_dir={folder}")
+            _, err = (process := start("fit", *words, *UNTRACKED, *limits)).communicate(timeout=120)
+            assert process.returncode == 0, err
     return folder
 
 
