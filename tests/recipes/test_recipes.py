@@ -35,6 +35,7 @@ every_recipe = pytest.mark.parametrize(
     "recipe", [recipe for recipe in RECIPES if recipe.name not in NO_STEPS], ids=lambda recipe: recipe.name
 )
 STUDIES = sorted((Path(__file__).parents[2] / "docs" / "studies").glob("*.yaml"))
+LONG = ("compression_dirichlet", "fading_by_label", "students", "unlearning_class", "unlearning_random")  # or twins
 KEEPER = """\
 import shutil
 
@@ -118,7 +119,11 @@ def test_a_recipe_resumes_within_an_epoch(
     assert Path("part", "metrics.csv").read_text() == Path("whole", "metrics.csv").read_text()
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow if path.stem in LONG else ()) for path in STUDIES],
+    ids=lambda path: path.stem,
+)
 def test_a_study_of_the_docs_can_be_built(groundwire: Command, path: Path) -> None:
     """On the digits, so that no data has to be there; the text comes with a package. Bare recipes are checked elsewhere."""
     recipes = {recipe.path: recipe for recipe in RECIPES}

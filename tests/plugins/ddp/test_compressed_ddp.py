@@ -341,7 +341,16 @@ def killed_and_resumed(name: str, folder: str, world_size: int, resume_from: str
     return weights(module), strategy.ledger.totals["uplink/bits"], strategy.round_index
 
 
-@pytest.mark.parametrize("name", ["ef_topk", "ef21_w", "ef21_sgdm", "econtrol", "dgc", "ef_l_greco_powersgd", "qsgd"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ef_topk",
+        "ef21_sgdm",
+        "dgc",
+        "ef_l_greco_powersgd",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("ef21_w", "econtrol", "qsgd")),
+    ],
+)
 def test_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
     whole, _ = fit_ddp(
         strategy=CompressedDDPStrategy(PARTS[name](), min_numel=10, warmup_steps=1, seed=3), read=_totals
